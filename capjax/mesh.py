@@ -1,0 +1,118 @@
+"""The mesh, every sharding by the name of what it shards, and placing data on it.
+
+Axes, all of explicit type (a wrong sharding fails at trace time):
+
+    replica  copies of the model over the slow network (DCN)
+    data     copies of the model over the fast network
+    fsdp     parameters and optimizer state split; gathered a layer at a time where they are used
+    tensor   heads and hidden units split
+
+The batch is split over `replica`, `data` and `fsdp` together. Without a mesh (`jax.set_mesh` not
+entered) every helper here is the identity, so the models run as plain JAX too.
+"""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from capjax.errors import UserError
+
+AXES = ("replica", "data", "fsdp", "tensor")
+BATCH = ("replica", "data", "fsdp")
+
+# Activations.
+act_B = P(BATCH)
+act_BL = P(BATCH, None)
+act_BD = P(BATCH, None)
+act_BLD = P(BATCH, None, None)
+act_BLF = P(BATCH, None, "tensor")
+act_BLNK = P(BATCH, None, "tensor", None)
+act_BLV = P(BATCH, None, "tensor")
+act_BHWC = P(BATCH, None, None, None)
+
+# Parameters as stored. A stack's leading layer axis is prepended as None by the stack.
+kernel_DF = P("fsdp", "tensor")
+kernel_FD = P("tensor", "fsdp")
+kernel_DNK = P("fsdp", "tensor", None)
+kernel_NKD = P("tensor", None, "fsdp")
+kernel_DV = P("fsdp", "tensor")
+embedding_VD = P("tensor", "fsdp")
+replicated = P()
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+    """Devices along each mesh axis; one of them may be -1: what is left."""
+
+    replica: int = 1
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def resolve(self, num_devices: int) -> tuple[int, ...]:
+        """Sizes in the order of `AXES`. Raises `UserError` where they do not multiply to the devices."""
+        sizes = [getattr(self, axis) for axis in AXES]
+        for axis, size in zip(AXES, sizes, strict=True):
+            if size != -1 and size < 1:
+                raise UserError(f"mesh.{axis}={size}: expected a positive size, or -1 for the rest")
+        if sizes.count(-1) > 1:
+            raise UserError(f"mesh={dict(zip(AXES, sizes, strict=True))}: only one axis may be -1")
+        known = math.prod(size for size in sizes if size != -1)
+        if (num_devices % known if -1 in sizes else known != num_devices) != 0:
+            raise UserError(
+                f"mesh={dict(zip(AXES, sizes, strict=True))} needs a multiple of {known} devices, "
+                f"but there are {num_devices}; set one axis to -1 or change the sizes"
+            )
+        return tuple(num_devices // known if size == -1 else size for size in sizes)
+
+
+def make_mesh(shape: MeshShape = MeshShape(), devices: list | None = None) -> Mesh:  # noqa: B008
+    """The mesh over `devices` (default: all). Raises `UserError` where the shape does not fit."""
+    devices = jax.devices() if devices is None else devices
+    sizes = shape.resolve(len(devices))
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+
+
+def num_batch_shards(mesh: Mesh) -> int:
+    """Into how many parts a batch is split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def check_batch_size(batch_size: int, mesh: Mesh, name: str = "batch_size") -> None:
+    """Raises `UserError` unless the batch divides over the mesh and over the processes."""
+    shards = num_batch_shards(mesh)
+    if batch_size < 1 or batch_size % shards:
+        below = batch_size // shards * shards
+        raise UserError(
+            f"{name}={batch_size} does not divide over the {shards} batch shards of the mesh "
+            f"{dict(mesh.shape)}; use {max(below, shards)} or {below + shards}"
+        )
+
+
+def out_sharding(spec: P) -> P | None:
+    """`spec` for an `out_sharding=` argument, or None where no mesh is set."""
+    return None if jax.sharding.get_abstract_mesh().empty else spec
+
+
+def reshard(x: jax.Array, spec: P) -> jax.Array:
+    """`x` laid out as `spec`: gathers a parameter where it is used, or splits an activation."""
+    return x if jax.sharding.get_abstract_mesh().empty else jax.sharding.reshard(x, spec)
+
+
+def place_batch(mesh: Mesh, rows: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Global arrays, split over the batch axes, from this process's rows of the global batch."""
+    return {
+        name: jax.make_array_from_process_local_data(
+            NamedSharding(mesh, P(BATCH, *(None,) * (x.ndim - 1))), np.asarray(x)
+        )
+        for name, x in rows.items()
+    }
+
+
+def place_tree(mesh: Mesh, tree, specs):
+    """`tree` on the mesh, leaf by leaf as `specs` (a tree of PartitionSpecs) says."""
+    return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, specs)
