@@ -1,0 +1,61 @@
+"""What every test runs under: eight virtual CPU devices, checked annotations, strict JAX.
+
+Warnings are errors (`filterwarnings` in pyproject.toml). This file runs before any test module is
+imported, and so before JAX starts its backends.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Through the environment, so that the processes which tests start have them too. Compiled programs
+# are kept outside the repository, for one user; JAX puts its version and the device in their keys.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR",
+    str(Path(tempfile.gettempdir()) / f"capjax-test-compile-cache-{os.getuid()}"),
+)
+
+from jaxtyping import install_import_hook  # noqa: E402
+
+# From here on every annotated function of capjax checks its arguments, array shapes included.
+install_import_hook("capjax", "beartype.beartype")
+
+import jax  # noqa: E402
+from absl import flags  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+flags.FLAGS.mark_as_parsed()  # Grain's workers and Orbax read absl flags, which no app has parsed
+
+
+@pytest.fixture
+def workdir(tmp_path: Path) -> Path:
+    """A path for one run's files; the directory does not exist yet."""
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def require_package() -> Callable[..., str]:
+    """`require_package("chromium")` is the path of that Debian package's program.
+
+    Where the program is missing the test is skipped, and fails under CI=true, where `.ci/run`
+    has installed what is needed. `program` names it where it is not called as its package.
+    """
+
+    def require(package: str, program: str = "") -> str:
+        path = shutil.which(program or package)
+        if path is not None:
+            return path
+        reason = f"needs the Debian package {package} (apt-get install {package})"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        return pytest.skip(reason)
+
+    return require
