@@ -1,0 +1,173 @@
+"""Where examples come from: the embedded emoji corpus, a folder of images, ArrayRecord shards."""
+
+import difflib
+import glob
+import os
+from collections.abc import Sequence
+from operator import index as as_index
+from pathlib import Path
+from typing import Protocol, SupportsIndex
+
+from capjax.data.records import (
+    SHARD_SUFFIX,
+    ArrayRecordSource,
+    Caption,
+    CorruptRecord,
+    Example,
+)
+from capjax.errors import UserError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+EMOJI_DIRECTORY = Path(__file__).parent / "emoji"
+# The styles each split of the embedded corpus is drawn in (capjax/data/emoji/README.md).
+EMOJI_SPLITS = {
+    "train": ("fluent", "noto"),
+    "val": ("fluent", "noto"),
+    "composition": ("fluent", "noto"),
+    "concept": ("fluent", "noto"),
+    "style": ("twemoji",),
+}
+SOURCE_NAMES = tuple(f"emoji:{split}" for split in EMOJI_SPLITS)
+
+
+class Source(Protocol):
+    """Random access to examples. Picklable, and safe to read from several threads."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: SupportsIndex, /) -> Example: ...
+
+
+def open_source(
+    name: str | os.PathLike[str],
+    *,
+    styles: Sequence[str] | None = None,
+    flags: bool = True,
+) -> Source:
+    """Opens a source of examples by name or path.
+
+    `emoji:SPLIT` is a split of the embedded corpus (`SOURCE_NAMES`): `styles` keeps some of its
+    styles, and `flags=False` drops the flags (in `train` and `style`). A directory or glob of
+    `*.array_record` files is read in the order of their names. Any other directory is searched
+    for images, see `ImageDirectory`; so is a single image file. Raises UserError if there is
+    nothing to read there.
+    """
+    name = os.fspath(name)
+    if name in SOURCE_NAMES:
+        return _open_emoji(name, styles, flags)
+    if styles is not None or not flags:
+        raise UserError(f"source {name!r} has no `styles` or `flags`: only emoji:SPLIT does")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        shards = sorted(path.glob(f"*{SHARD_SUFFIX}"))
+        return ArrayRecordSource(shards) if shards else ImageDirectory(path)
+    if path.is_file():
+        if path.suffix == SHARD_SUFFIX:
+            return ArrayRecordSource(path)
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            return ImageDirectory(path.parent, (path.name,))
+        raise UserError(
+            f"source {name!r}: expected an image ({' '.join(IMAGE_SUFFIXES)}) or a "
+            f"*{SHARD_SUFFIX} file; give the directory of the images or one such file"
+        )
+    if glob.has_magic(name) and (matches := sorted(glob.glob(str(path)))):  # noqa: PTH207
+        return ArrayRecordSource(matches)
+    close = difflib.get_close_matches(name, SOURCE_NAMES, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise UserError(
+        f"no source {name!r}: expected one of {', '.join(SOURCE_NAMES)}, or the path of an "
+        f"existing directory of images or of *{SHARD_SUFFIX} files{hint}"
+    )
+
+
+def _open_emoji(name: str, styles: Sequence[str] | None, flags: bool) -> ArrayRecordSource:
+    split = name.removeprefix("emoji:")
+    valid = EMOJI_SPLITS[split]
+    chosen = valid if styles is None else (styles,) if isinstance(styles, str) else tuple(styles)
+    if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(valid):
+        raise UserError(
+            f"styles={styles!r} for {name!r}: expected distinct styles out of {', '.join(valid)}"
+        )
+    # Flags lie in shards of their own so that leaving them out needs no filter.
+    prefixes = [f"{split}-{style}" for style in chosen]
+    if flags:
+        prefixes += [f"{split}-flags-{style}" for style in chosen]
+    paths = [
+        path
+        for prefix in prefixes
+        for path in sorted(EMOJI_DIRECTORY.glob(f"{prefix}-*-of-*{SHARD_SUFFIX}"))
+    ]
+    if not paths:
+        raise UserError(
+            f"source {name!r}: no shards in {EMOJI_DIRECTORY}; "
+            "install capjax again or run tools/build_emoji_corpus.py"
+        )
+    return ArrayRecordSource(paths)
+
+
+class ImageDirectory:
+    """The image files below a directory, in the order of their relative paths, which are the keys.
+
+    A file of the same name ending in `.txt` holds the caption. Names starting with a dot are
+    skipped; links to directories are followed once. `files` fixes the relative paths instead of
+    searching. A file that has become unreadable raises CorruptRecord when it is asked for; whether
+    the bytes are a sound image shows when they are decoded.
+    """
+
+    def __init__(
+        self, directory: str | os.PathLike[str], files: Sequence[str] | None = None
+    ) -> None:
+        self.directory = os.fspath(directory)
+        self.keys = tuple(_find_images(self.directory) if files is None else files)
+        if not self.keys:
+            raise UserError(
+                f"no images in {self.directory}: expected files ending in "
+                f"{', '.join(IMAGE_SUFFIXES)}, at any depth"
+            )
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: SupportsIndex) -> Example:
+        i = as_index(index)
+        if not 0 <= i < len(self):
+            raise IndexError(f"image {i} of {self!r}: expected 0 <= index < {len(self)}")
+        path = Path(self.directory, self.keys[i])
+        try:
+            image = path.read_bytes()
+            sidecar = path.with_suffix(".txt")
+            # Lines are joined: the file is one caption, however it is wrapped.
+            text = " ".join(sidecar.read_text("utf-8").split()) if sidecar.is_file() else ""
+        except (OSError, UnicodeDecodeError) as error:
+            raise CorruptRecord(str(path), i, str(error)) from error
+        if not image:
+            raise CorruptRecord(str(path), i, "the file is empty")
+        captions = (Caption(text, source="sidecar"),) if text else ()
+        return Example(self.keys[i], image, captions)
+
+    def __repr__(self) -> str:
+        return f"ImageDirectory({self.directory!r}; {len(self)} images)"
+
+
+def _find_images(directory: str) -> list[str]:
+    def refuse(error: OSError) -> None:
+        raise UserError(
+            f"cannot read the directory {error.filename}: {error.strerror}; "
+            "give one that you may list"
+        )
+
+    seen: set[str] = set()
+    keys: list[str] = []
+    for folder, folders, files in os.walk(directory, onerror=refuse, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link back up would never end
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        keys += [
+            Path(folder, name).relative_to(directory).as_posix()
+            for name in files
+            if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
+        ]
+    return sorted(keys)
