@@ -20,7 +20,7 @@ os.environ.setdefault(
     str(Path(tempfile.gettempdir()) / f"capjax-test-compile-cache-{os.getuid()}"),
 )
 
-from jaxtyping import install_import_hook  # noqa: E402
+from jaxtyping import install_import_hook
 
 # From here on every annotated function of capjax checks its arguments, array shapes included.
 install_import_hook("capjax", "beartype.beartype")

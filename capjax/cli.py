@@ -1,0 +1,229 @@
+"""`capjax <command>`: finds the command, turns errors into one line, and sets the exit status.
+
+0 success; 1 something failed; 2 the input is wrong; 130 interrupted. Only the command asked for is
+imported, and JAX only when it runs.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import capjax
+from capjax.errors import UserError, did_you_mean
+
+
+class Command(NamedTuple):
+    """What the help shows of a command, and whether it computes on devices."""
+
+    summary: str
+    computes: bool
+    examples: tuple[str, ...]
+
+
+COMMANDS = {
+    "train": Command(
+        "Pretrain a captioner; the same command again resumes it.",
+        True,
+        (
+            "capjax train --config=emoji_quickstart --workdir=runs/quickstart",
+            "capjax train --config=emoji_quickstart --workdir=runs/wide --config.model.width=256",
+        ),
+    ),
+    "caption": Command(
+        "Write captions for a folder of images or a dataset split.",
+        True,
+        ("capjax caption --checkpoint=runs/quickstart --input=photos --output=captions.jsonl",),
+    ),
+    "evaluate": Command(
+        "Measure a checkpoint: perplexity, exact match, unigram F1.",
+        True,
+        ("capjax evaluate --workdir=runs/quickstart",),
+    ),
+    "config": Command(
+        "List the shipped configs, show one, or compare two.",
+        False,
+        (
+            "capjax config list",
+            "capjax config show emoji_quickstart --config.batch_size=64",
+            "capjax config diff emoji_quickstart my_config.py",
+        ),
+    ),
+    "data": Command(
+        "Look at a data source, or train a tokenizer on its captions.",
+        False,
+        ("capjax data inspect --source=emoji:val",),
+    ),
+    "report": Command(
+        "Write the page of a run: curves, and captions beside their images.",
+        False,
+        ("capjax report --workdir=runs/quickstart",),
+    ),
+    "checkpoint": Command(
+        "List the checkpoints of a run, or verify every byte of them.",
+        True,
+        ("capjax checkpoint list runs/quickstart", "capjax checkpoint verify runs/quickstart"),
+    ),
+}
+PREFIX = "--config."
+
+
+def entry() -> NoReturn:
+    """The `capjax` program."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(argv: list[str]) -> int:
+    """Runs one command line, without the program's name; returns the exit status."""
+    verbose = "--verbose" in argv
+    args = None
+    try:
+        name, rest = _split_command([arg for arg in argv if arg != "--verbose"])
+        if name is None:
+            return 0
+        module = importlib.import_module(f"capjax.commands.{name}")
+        args = parse(name, module, rest)
+        module.run(args)
+        sys.stdout.flush()
+    except UserError as error:
+        return _report(str(error), 2, verbose)
+    except KeyboardInterrupt:
+        return _report("interrupted", 130, verbose)
+    except BrokenPipeError:  # the reader of our output (say, `head`) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        _log_traceback(getattr(args, "workdir", None))
+        text = str(error).strip()
+        line = f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+        hint = "" if verbose else " (run with --verbose for the traceback)"
+        return _report(line + hint, 1, verbose)
+    return 0
+
+
+def parse(name: str, module, argv: list[str]) -> argparse.Namespace:
+    """The arguments of command `name`. Raises `UserError` where they are wrong.
+
+    `--config.a.b=v` flags go to `args.overrides` as `a.b=v`, for commands that have a config.
+    """
+    argv, overrides = _take_overrides(argv)
+    args = make_parser(name, module).parse_args(argv)
+    if overrides and not hasattr(args, "config"):
+        raise UserError(f"capjax {name} reads no config, but got {PREFIX}{overrides[0]}; remove it")
+    args.overrides = overrides
+    return args
+
+
+def make_parser(name: str, module) -> argparse.ArgumentParser:
+    """The parser of command `name`: the module's arguments and those that all commands share."""
+    command = COMMANDS[name]
+    parser = _Parser(
+        prog=f"capjax {name}",
+        description=command.summary,
+        epilog="examples:\n" + "\n".join(f"  {example}" for example in command.examples),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(parser)
+    if command.computes:
+        from capjax.commands import runtime  # here, as the other commands need no devices
+
+        runtime.add_arguments(parser)
+    parser.add_argument("--verbose", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are `UserError`s, with a suggestion for a misspelt flag."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+    def parse_args(self, args=None, namespace=None):  # pyrefly: ignore[bad-override]
+        """Parses, or names the first argument that is unknown and the nearest known flag."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            known = [option for option in self._option_string_actions if option.startswith("--")]
+            raise UserError(
+                f"{self.prog}: unexpected argument {unknown[0]}{did_you_mean(flag, known)} "
+                f"(see {self.prog} --help)"
+            )
+        return parsed
+
+
+def _split_command(argv: list[str]) -> tuple[str | None, list[str]]:
+    """The command's name and its arguments; None where the line is answered here."""
+    if argv and argv[0] in ("-h", "--help"):
+        print(_help())
+        return None, []
+    if argv and argv[0] == "--version":
+        print(f"capjax {capjax.__version__}")
+        return None, []
+    if not argv:
+        raise UserError(f"name a command: {', '.join(COMMANDS)} (see capjax --help)")
+    if argv[0] not in COMMANDS:
+        raise UserError(
+            f"unknown command {argv[0]}{did_you_mean(argv[0], COMMANDS)} "
+            f"(commands: {', '.join(COMMANDS)})"
+        )
+    return argv[0], argv[1:]
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: capjax <command> [--help] [--verbose] ...",
+            "",
+            "Pretraining image captioners at scale in JAX.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "examples:",
+            f"  {COMMANDS['train'].examples[0]}",
+            f"  {COMMANDS['report'].examples[0]}",
+            "",
+            "exit status: 0 success, 1 failure, 2 wrong input, 130 interrupted",
+        ]
+    )
+
+
+def _take_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Splits `--config.a=1` and `--config.a 1` off, as `a=1`. Returns (the rest, the overrides)."""
+    rest, overrides = [], []
+    queue = list(argv)
+    while queue:
+        arg = queue.pop(0)
+        if not arg.startswith(PREFIX):
+            rest.append(arg)
+        elif "=" in arg:
+            overrides.append(arg.removeprefix(PREFIX))
+        elif queue and not queue[0].startswith("--"):
+            overrides.append(f"{arg.removeprefix(PREFIX)}={queue.pop(0)}")
+        else:
+            raise UserError(f"{arg} has no value; write {arg}=VALUE")
+    return rest, overrides
+
+
+def _report(line: str, status: int, verbose: bool) -> int:
+    """One line on stderr, under the traceback where the user asked for it."""
+    if verbose:
+        traceback.print_exc()
+    print(f"capjax: error: {line}", file=sys.stderr)
+    return status
+
+
+def _log_traceback(workdir: str | None) -> None:
+    """Keeps the traceback in the run's `error.log`, where there is a run and it can be written."""
+    if workdir is not None and Path(workdir).is_dir():
+        try:
+            with (Path(workdir) / "error.log").open("a") as file:
+                traceback.print_exc(file=file)
+        except OSError:
+            pass  # a full or read-only disk may be the very error that is reported

@@ -1,0 +1,87 @@
+"""JAX as the commands want it: which devices, compiled programs kept on disk, no noise.
+
+`cli` adds these arguments to every command that computes; such a command calls `start(args)`
+before it touches an array.
+"""
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+
+from capjax.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that `start` reads."""
+    group = parser.add_argument_group("devices")
+    group.add_argument("--platform", choices=("cpu", "gpu", "tpu"), help="default: the best there")
+    group.add_argument(
+        "--num_cpu_devices", type=int, metavar="N", help="split the CPU into N virtual devices"
+    )
+    group.add_argument(
+        "--compile_cache",
+        metavar="DIR|none",
+        help="where compiled programs are kept (default: the user's cache directory)",
+    )
+
+
+def start(args: argparse.Namespace) -> None:
+    """Sets JAX up. Raises `UserError` where the devices or the cache asked for cannot be had."""
+    if args.num_cpu_devices is not None and args.num_cpu_devices < 1:
+        raise UserError(f"--num_cpu_devices={args.num_cpu_devices}: expected at least 1")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # C++ warnings that a user cannot act on
+    import jax
+    from absl import flags, logging
+
+    flags.FLAGS.mark_as_parsed()  # Grain's workers and Orbax read absl flags, which no app parses
+    logging.set_verbosity(logging.WARNING)
+    if args.platform is not None:
+        jax.config.update("jax_platforms", args.platform.replace("gpu", "cuda"))
+    if args.num_cpu_devices is not None:
+        jax.config.update("jax_num_cpu_devices", args.num_cpu_devices)
+    directory = compile_cache(args.compile_cache)
+    if directory is not None:
+        jax.config.update("jax_compilation_cache_dir", str(directory))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        asked = args.platform or os.environ.get("JAX_PLATFORMS", "")
+        raise UserError(
+            f"--platform={asked}: JAX finds no such device here; try --platform=cpu, "
+            f"or install capjax[cuda] or capjax[tpu] ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def compile_cache(asked: str | None) -> Path | None:
+    """The directory of compiled programs: the flag, else JAX's variable, else the user's cache.
+
+    None where it is switched off, or where the user's cache cannot be written. Raises `UserError`
+    where a directory was asked for by name and cannot be written.
+    """
+    named = os.environ.get("JAX_COMPILATION_CACHE_DIR", "") if asked is None else asked
+    if named == "none":
+        return None
+    directory = Path(named) if named else _user_cache() / "capjax" / "jax"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        if named:
+            raise UserError(
+                f"--compile_cache={named}: cannot write there ({error.strerror}); "
+                "name another directory, or none"
+            ) from error
+        return None
+    return directory
+
+
+def _user_cache() -> Path:
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"])
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError:  # a user without a home
+        return Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"
