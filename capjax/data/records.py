@@ -8,7 +8,7 @@ most one record, which the checksum of its chunk reports, and reading one record
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate, chain, islice
+from itertools import accumulate, chain, groupby, islice
 from operator import index as as_index
 from pathlib import Path
 from typing import Any, NamedTuple, SupportsIndex
@@ -103,8 +103,15 @@ def _validate(example: Example) -> Example:
 
 
 def encode_example(example: Example) -> bytes:
-    """Encodes an example as msgpack. Raises ValueError naming the field that does not fit."""
+    """Encodes an example as msgpack. Raises ValueError naming the field that does not fit.
+
+    A map of the fields, absent where they hold their default. Neighbouring captions of one source
+    and language share these: `[source, language, text, text, ...]`.
+    """
     record = _validate(example)._asdict()
+    groups = groupby(example.captions, key=lambda caption: (caption.source, caption.language))
+    record["captions"] = [[*shared, *(caption.text for caption in run)] for shared, run in groups]
+    record = {name: value for name, value in record.items() if value not in (None, [], {})}
     try:
         return msgpack.packb(record)
     except (OverflowError, UnicodeEncodeError, RecursionError) as error:
@@ -117,13 +124,17 @@ def decode_example(data: bytes) -> Example:
         record = msgpack.unpackb(data)
     except Exception as error:  # msgpack raises a dozen kinds on damaged input
         raise ValueError(f"not a msgpack record: {type(error).__name__}: {error}") from error
-    names = sorted(record) if isinstance(record, dict) else type(record).__name__
-    _check(names == sorted(Example._fields), "*", f"the fields {Example._fields}", names)
-    captions, boxes = record["captions"], record["boxes"]
-    _check(type(captions) is list, "captions", "a list", captions)
-    for caption in captions:
-        _check(type(caption) is list and len(caption) == 3, "captions", "triples", caption)
-    record["captions"] = tuple(Caption(*caption) for caption in captions)
+    names = set(record) if isinstance(record, dict) else {type(record).__name__}
+    known = {"key", "image"} <= names <= set(Example._fields)
+    _check(known, "*", f"key, image and others of {Example._fields}", sorted(map(repr, names)))
+    captions: list[Caption] = []
+    groups = record.get("captions", [])
+    _check(type(groups) is list, "captions", "a list", groups)
+    for group in groups:
+        _check(type(group) is list and len(group) > 2, "captions", "groups of texts", group)
+        captions += [Caption(text, group[0], group[1]) for text in group[2:]]
+    record["captions"] = tuple(captions)
+    boxes = record.get("boxes")
     if type(boxes) is list:
         record["boxes"] = tuple(tuple(box) if type(box) is list else box for box in boxes)
     return _validate(Example(**record))
