@@ -7,6 +7,7 @@ imported, and JAX only when it runs.
 import argparse
 import importlib
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -71,13 +72,9 @@ COMMANDS = {
 PREFIX = "--config."
 
 
-def entry() -> NoReturn:
-    """The `capjax` program."""
-    sys.exit(main(sys.argv[1:]))
-
-
-def main(argv: list[str]) -> int:
-    """Runs one command line, without the program's name; returns the exit status."""
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command line (default: this process's); returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
     verbose = "--verbose" in argv
     args = None
     try:
@@ -146,7 +143,7 @@ class _Parser(argparse.ArgumentParser):
         """Parses, or names the first argument that is unknown and the nearest known flag."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            flag = unknown[0].split("=")[0]
+            flag = re.split("[=.]", unknown[0])[0]
             known = [option for option in self._option_string_actions if option.startswith("--")]
             raise UserError(
                 f"{self.prog}: unexpected argument {unknown[0]}{did_you_mean(flag, known)} "
@@ -227,3 +224,7 @@ def _log_traceback(workdir: str | None) -> None:
                 traceback.print_exc(file=file)
         except OSError:
             pass  # a full or read-only disk may be the very error that is reported
+
+
+if __name__ == "__main__":
+    sys.exit(main())
