@@ -137,19 +137,28 @@ class _Parser(argparse.ArgumentParser):
     """argparse whose errors are `UserError`s, with a suggestion for a misspelt flag."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
+        raise UserError(f"{self._misspelt() or message} (see {self.prog} --help)")
+
+    def parse_known_args(self, args=None, namespace=None):  # pyrefly: ignore[bad-override]
+        """As argparse does; keeps what was given, for `error`."""
+        self.given = list(args or ())
+        return super().parse_known_args(args, namespace)
 
     def parse_args(self, args=None, namespace=None):  # pyrefly: ignore[bad-override]
-        """Parses, or names the first argument that is unknown and the nearest known flag."""
+        """Parses everything. Raises `UserError` at the first argument that is unknown."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            flag = re.split("[=.]", unknown[0])[0]
-            known = [option for option in self._option_string_actions if option.startswith("--")]
-            raise UserError(
-                f"{self.prog}: unexpected argument {unknown[0]}{did_you_mean(flag, known)} "
-                f"(see {self.prog} --help)"
-            )
+            self.error(f"unexpected argument {unknown[0]}")
         return parsed
+
+    def _misspelt(self) -> str:
+        """Names a flag that this parser lacks, as a likelier mistake than what argparse sees."""
+        known = self._option_string_actions
+        for arg in self.given:
+            flag = re.split("[=.]", arg)[0]
+            if flag.startswith("--") and flag not in known and (near := did_you_mean(flag, known)):
+                return f"unexpected argument {arg}{near}"
+        return ""
 
 
 def _split_command(argv: list[str]) -> tuple[str | None, list[str]]:

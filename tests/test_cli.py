@@ -35,7 +35,8 @@ def run_capjax(*args):
 def test_help_imports_nothing_heavy(command_line):
     script = (
         "import sys\nfrom capjax import cli\n"
-        "try:\n    status = cli.main(sys.argv[1:])\nexcept SystemExit as stop:\n    status = stop.code\n"
+        "try:\n    status = cli.main(sys.argv[1:])\n"
+        "except SystemExit as stop:\n    status = stop.code\n"
         f"heavy = [name for name in {HEAVY} if name in sys.modules]\n"
         "assert status in (0, None) and not heavy, (status, heavy)\n"
     )
@@ -84,6 +85,7 @@ def test_the_version_is_the_package_version():
         (["config", "list", "--config.a=1"], ["config list takes no --config.a=1"]),
         (["config", "show", "x", "--config.a"], ["--config.a has no value"]),
         (["config", "show", "no_such_config_here"], ["no shipped config"]),
+        (["train", "--config=x", "--workdir"], ["--workdir", "expected one argument"]),
         (["train", "--workdirr=x"], ["--workdirr=x", "did you mean --workdir?"]),
         (["train", "--confg.model.width=1"], ["--confg.model.width=1", "did you mean --config?"]),
         (["report", "--workdir=x", "--config.a=1"], ["capjax report reads no config"]),
@@ -123,9 +125,7 @@ def test_any_other_error_is_one_line_status_1_and_logged(command, capfd, tmp_pat
     command(run)
     assert cli.main(["report", f"--workdir={tmp_path}"]) == 1
     err = capfd.readouterr().err
-    assert err == (
-        "capjax: error: ValueError: first line (run with --verbose for the traceback)\n"
-    )
+    assert err == ("capjax: error: ValueError: first line (run with --verbose for the traceback)\n")
     log = (tmp_path / "error.log").read_text()
     assert "Traceback" in log
     assert "second line" in log

@@ -27,7 +27,7 @@ EXPECTED = {
     str: "text",
     tuple: "a list (such as 1,2 or a,b)",
 }
-_Value = object  # whatever a config field holds
+_Value = typing.Any  # whatever a config field holds
 
 
 def load_config(arg: str, overrides: list[str] | tuple[str, ...] = ()) -> ConfigDict:
@@ -120,7 +120,7 @@ def parse_value(text: str, current: _Value, kind: type, name: str) -> _Value:
         return None
     try:
         if kind is bool:
-            return TRUTH[text.lower()]
+            return _truth(text)
         if kind is int:
             return _whole(text)
         if kind is float:
@@ -178,6 +178,10 @@ def _nearest(config: ConfigDict, name: str) -> str:
     return near or f"; fields there: {', '.join(siblings or config)}"
 
 
+def _truth(text: str) -> bool:
+    return TRUTH[text.strip().lower()]
+
+
 def _number(text: str) -> float:
     """`1e-3`, `10k`, `2.5M`. Raises ValueError."""
     match = re.fullmatch(r"(.*?[\d.])([kKMGB]?)", text.strip())
@@ -209,9 +213,9 @@ def _items(text: str, current: Sequence) -> list:
     parts = [part.strip().strip("'\"") for part in inner.split(",")]
     if parts[-1] == "":
         parts.pop()  # "(1,)", and the empty list
-    if kind is bool:
-        return [TRUTH[part.lower()] for part in parts]
-    return [{int: _whole, float: _number, str: str}.get(kind, _literal)(part) for part in parts]
+    readers = {bool: _truth, int: _whole, float: _number, str: str}
+    read = readers[kind] if kind in readers else _literal
+    return [read(part) for part in parts]
 
 
 def _literal(text: str) -> _Value:
@@ -260,7 +264,7 @@ def _conform(value: _Value, hint: typing.Any, name: str) -> _Value:
             pairs = enumerate(zip(value, kinds, strict=True))
             return tuple(_conform(item, kind, f"{name}[{i}]") for i, (item, kind) in pairs)
     elif isinstance(value, int) and not isinstance(value, bool) and hint in (int, float):
-        return hint(value)
+        return value if hint is int else float(value)
     elif hint is typing.Any or (hint is not int and isinstance(value, origin or hint)):
         return value
     raise UserError(f"{name}={value}: expected {_describe(hint)}, got {type(value).__name__}")

@@ -61,7 +61,7 @@ def test_the_compile_cache_can_be_named_or_switched_off(tmp_path, monkeypatch):
 
 def test_a_cache_that_cannot_be_written_is_an_error_only_where_it_was_named(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="--compile_cache=.*cannot write there .*or none"):
+    with pytest.raises(UserError, match=r"--compile_cache=.*cannot write there .*or none"):
         runtime.compile_cache(str(tmp_path / "file" / "cache"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
