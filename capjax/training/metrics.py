@@ -1,0 +1,209 @@
+"""Where metrics go: `metrics.jsonl` always, TensorBoard and Weights & Biases where installed.
+
+`metrics.jsonl` has one object a line: `step` (updates done), `wall_s` (seconds this run was open,
+restarts included), and values by name. Floats are written as the shortest decimal that reads back
+as the same float. JSON has no non-finite numbers, so those are the strings "NaN", "Infinity" and
+"-Infinity", which `float()` reads; `read_metrics` does.
+"""
+
+import importlib.util
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, SupportsFloat, runtime_checkable
+
+import jax
+from etils import epath
+
+from capjax.errors import UserError
+from capjax.training.workdir import is_remote, write_atomic
+
+_REMOTE_EVERY_S = 30.0
+
+
+@runtime_checkable
+class MetricWriter(Protocol):
+    """A place for metrics. `flush` returns once what was written survives a kill."""
+
+    def write(self, step: int, values: Mapping[str, SupportsFloat]) -> None: ...
+    def flush(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class JsonlWriter:
+    """Writes `metrics.jsonl`, after trimming what lies beyond `restored_step` (None: all of it).
+
+    Locally every line is appended and flushed at once. A store that cannot append gets the whole
+    file anew, at most every 30 s and at `flush`.
+    """
+
+    def __init__(self, path: epath.PathLike, restored_step: int | None = None):
+        self._path = epath.Path(path)
+        start_s = trim(self._path, -1 if restored_step is None else restored_step)
+        self._zero = time.monotonic() - start_s
+        self._file = None if is_remote(self._path) else self._path.open("ab")
+        self._lines = b""
+        if self._file is None:
+            self._lines = self._path.read_bytes() if self._path.exists() else b""
+            self._written_at = time.monotonic()
+
+    def write(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
+        """Adds one line."""
+        wall_s = round(time.monotonic() - self._zero, 3)
+        line = {"step": step, "wall_s": wall_s} | {k: _to_json(v) for k, v in values.items()}
+        data = json.dumps(line, allow_nan=False).encode() + b"\n"
+        if self._file is not None:
+            self._file.write(data)
+            self._file.flush()
+            return
+        self._lines += data
+        if time.monotonic() - self._written_at >= _REMOTE_EVERY_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Stores the lines kept back for a store that cannot append."""
+        if self._file is None:
+            write_atomic(self._path, self._lines)
+            self._written_at = time.monotonic()
+
+    def close(self) -> None:
+        """Flushes and closes the file."""
+        self.flush()
+        if self._file is not None:
+            self._file.close()
+
+
+class TensorBoardWriter:
+    """Writes TensorBoard events; the viewer hides older events beyond `restored_step`."""
+
+    def __init__(self, directory: epath.PathLike, restored_step: int | None = None):
+        from tensorboardX import SummaryWriter
+
+        purge = 0 if restored_step is None else restored_step + 1
+        # The suffix keeps a restart within the same second from writing over the file before.
+        suffix = f".{purge}-{os.getpid()}"
+        self._writer = SummaryWriter(str(directory), purge_step=purge, filename_suffix=suffix)
+
+    def write(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
+        """Adds one event a value."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, float(value), step)
+
+    def flush(self) -> None:
+        """Writes the events to disk."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Closes the event file."""
+        self._writer.close()
+
+
+class WandbWriter:
+    """Logs to the Weights & Biases run whose id is kept in `workdir/wandb_id`.
+
+    The step is a metric of its own there: the service refuses steps that go back, as a resume does.
+    """
+
+    def __init__(self, workdir: epath.Path, project: str, config: Mapping[str, Any]):
+        import wandb  # pyrefly: ignore[missing-import]  (an extra)
+
+        id_file = workdir / "wandb_id"
+        run_id = id_file.read_text().strip() if id_file.exists() else None
+        self._run = wandb.init(
+            project=project,
+            id=run_id,
+            resume="allow",
+            name=workdir.name,
+            config=dict(config),
+            dir=None if is_remote(workdir) else str(workdir),
+        )
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+        write_atomic(id_file, self._run.id + "\n")
+
+    def write(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
+        """Logs one row."""
+        self._run.log({"step": step} | {name: float(value) for name, value in values.items()})
+
+    def flush(self) -> None:
+        """Does nothing: another process sends the rows."""
+
+    def close(self) -> None:
+        """Ends the run there."""
+        self._run.finish()
+
+
+def make_writers(
+    workdir: epath.PathLike,
+    *,
+    restored_step: int | None = None,
+    tensorboard: bool = True,
+    wandb_project: str = "",
+    config: Mapping[str, Any] | None = None,
+) -> tuple[MetricWriter, ...]:
+    """The writers of this process: none but on the first.
+
+    `restored_step` is the step resumed from (None: a fresh start). `tensorboard` takes effect where
+    tensorboardX is installed and the workdir is local. Raises `UserError` where `wandb_project` is
+    set and wandb is not installed.
+    """
+    root = epath.Path(workdir)
+    if wandb_project and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            f"wandb project {wandb_project!r}: wandb is not installed; "
+            "pip install 'capjax[wandb]', or leave the project empty"
+        )
+    if jax.process_index() != 0:
+        return ()
+    writers: list[MetricWriter] = [JsonlWriter(root / "metrics.jsonl", restored_step)]
+    if tensorboard and not is_remote(root) and importlib.util.find_spec("tensorboardX"):
+        writers.append(TensorBoardWriter(root / "tensorboard", restored_step))
+    if wandb_project:
+        writers.append(WandbWriter(root, wandb_project, config or {}))
+    return tuple(writers)
+
+
+def trim(path: epath.PathLike, step: int) -> float:
+    """Drops torn lines and lines beyond `step` from a metrics file, in one atomic replacement.
+
+    Returns `wall_s` of the last line kept, 0 where there is none.
+    """
+    path = epath.Path(path)
+    if not path.exists():
+        return 0.0
+    data = path.read_bytes()
+    kept = [(line, values) for line, values in _parse(data.split(b"\n")) if values["step"] <= step]
+    trimmed = b"".join(line + b"\n" for line, _ in kept)
+    if trimmed != data:
+        write_atomic(path, trimmed)
+    return float(kept[-1][1].get("wall_s", 0.0)) if kept else 0.0
+
+
+def read_metrics(path: epath.PathLike) -> list[dict[str, float | int]]:
+    """The lines of a metrics file as numbers, without torn ones."""
+    return [
+        {name: float(v) if isinstance(v, str) else v for name, v in values.items()}
+        for _, values in _parse(epath.Path(path).read_bytes().split(b"\n"))
+    ]
+
+
+def _parse(lines: Iterable[bytes]) -> Iterable[tuple[bytes, dict[str, Any]]]:
+    """The lines that are whole, with their values."""
+    for line in lines:
+        try:
+            values = json.loads(line)
+        except ValueError:  # torn: not JSON, or not UTF-8
+            continue
+        if isinstance(values, dict) and isinstance(values.get("step"), int):
+            yield line, values
+
+
+def _to_json(value: SupportsFloat) -> float | int | str:
+    if isinstance(value, int):
+        return int(value)
+    number = float(value)
+    if math.isfinite(number):
+        return number
+    return "NaN" if math.isnan(number) else ("Infinity" if number > 0 else "-Infinity")

@@ -1,0 +1,220 @@
+"""The directory of one run: one writer at a time, one configuration, whole files only.
+
+On local paths a lock that dies with its process refuses a second writer. Object stores have no such
+lock: there nothing is locked, and two runs writing one `gs://` workdir is the user's to avoid.
+"""
+
+import dataclasses
+import errno
+import fcntl
+import fnmatch
+import json
+import os
+import shutil
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath
+
+from capjax.errors import UserError
+
+_ABSENT = object()
+_held_locks: set[int] = set()
+_NO_LOCKS_HERE = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
+
+
+@dataclasses.dataclass(frozen=True)
+class Workdir:
+    """An open workdir. The lock is held until `close`, or until the process ends in any way.
+
+    `is_new` says that no run was here before; `changes` lists what differs, "field: old -> new".
+    """
+
+    path: epath.Path
+    is_new: bool
+    changes: tuple[str, ...] = ()
+    lock: int | None = None
+
+    def close(self) -> None:
+        """Lets another process write here."""
+        if self.lock in _held_locks:
+            _held_locks.remove(self.lock)
+            os.close(self.lock)
+
+    def __enter__(self) -> "Workdir":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def open_workdir(
+    path: epath.PathLike, config: Mapping[str, Any], may_change: Sequence[str] = ()
+) -> Workdir:
+    """Opens `path` for writing: makes it, or resumes the run that is in it.
+
+    `config` is the resolved configuration (nested, JSON values); it is kept in `config.json`. Where
+    one is there already, only fields that match a glob of `may_change` ("log_every_steps",
+    "checkpoint.*") may differ; their new values are written. Processes other than the first change
+    and check nothing. Raises `UserError` where another process writes here, another field differs,
+    or the path cannot be a workdir; an error leaves no new workdir behind.
+    """
+    root = epath.Path(path).expanduser()
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    if jax.process_index() != 0:
+        return Workdir(root, is_new=False)
+    is_fresh_directory = not root.exists()
+    _check_usable(root)
+    lock = None
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = _take_lock(root)
+        is_new = not (root / "config.json").exists()
+        changes = () if is_new else _allowed_changes(root, json.loads(text), may_change)
+        if is_new or changes:
+            write_atomic(root / "config.json", text)
+    except BaseException as error:
+        if is_fresh_directory and lock is not None:
+            root.rmtree()  # ours alone: it was made above, and locked ever since
+        Workdir(root, is_new=False, lock=lock).close()
+        if isinstance(error, OSError):
+            raise UserError(f"workdir={root}: {error.strerror or error}; choose another") from error
+        raise
+    return Workdir(root, is_new, changes, lock)
+
+
+def _check_usable(root: epath.Path) -> None:
+    if root.exists() and not root.is_dir():
+        raise UserError(f"workdir={root} is a file; expected a directory, or a path to make one at")
+    if (root / "config.json").exists():
+        return
+    for name in ("checkpoints", "metrics.jsonl"):
+        if (root / name).exists():
+            raise UserError(
+                f"workdir={root} holds {name} but no config.json, so it cannot be resumed; "
+                "choose another --workdir, or put its config.json back"
+            )
+
+
+def _take_lock(root: epath.Path) -> int | None:
+    """Locks the workdir for this process; None where the file system has no locks."""
+    if is_remote(root):
+        return None
+    lock = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(lock, 200, 0).decode(errors="replace").strip() or "another process"
+        os.close(lock)
+        raise UserError(
+            f"workdir={root} is being written by {holder}; wait for it, stop it, "
+            "or choose another --workdir"
+        ) from None
+    except OSError as error:
+        os.close(lock)
+        if error.errno in _NO_LOCKS_HERE:
+            return None
+        raise
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    _held_locks.add(lock)
+    return lock
+
+
+def _close_locks_in_child() -> None:
+    """A forked data worker shares the lock, and must not hold it on after its parent was killed."""
+    while _held_locks:
+        os.close(_held_locks.pop())
+
+
+os.register_at_fork(after_in_child=_close_locks_in_child)
+
+
+def _allowed_changes(root: epath.Path, config: dict, may_change: Sequence[str]) -> tuple[str, ...]:
+    """What differs from the kept configuration. Raises `UserError` unless all of it may."""
+    try:
+        kept = json.loads((root / "config.json").read_text())
+    except ValueError as error:
+        message = f"{root / 'config.json'} is damaged ({error}); choose another --workdir"
+        raise UserError(message) from error
+    changes = config_changes(kept, config)
+    refused = [
+        f"{field}: {change}"
+        for field, change in changes.items()
+        if not any(fnmatch.fnmatchcase(field, pattern) for pattern in may_change)
+    ]
+    if refused:
+        raise UserError(
+            f"workdir={root} holds a run with another configuration ({'; '.join(refused)}); "
+            "run it with the same configuration, or choose another --workdir"
+        )
+    return tuple(f"{field}: {change}" for field, change in changes.items())
+
+
+def config_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+    """Field (dotted) -> "old -> new" for every field that differs between two configurations."""
+    before, after = _flatten(old), _flatten(new)
+    return {
+        field: f"{_show(before.get(field, _ABSENT))} -> {_show(after.get(field, _ABSENT))}"
+        for field in sorted(before | after)
+        if before.get(field, _ABSENT) != after.get(field, _ABSENT)
+    }
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _show(value: Any) -> str:
+    return "absent" if value is _ABSENT else json.dumps(value)
+
+
+def is_remote(path: epath.PathLike) -> bool:
+    """Whether `path` is in an object store (`gs://`): no append, no rename, no locks."""
+    return "://" in os.fspath(path)
+
+
+def write_atomic(path: epath.PathLike, data: bytes | str) -> None:
+    """Writes a file so that a reader, or a crash, sees the old content or the new, never a part."""
+    data = data.encode() if isinstance(data, str) else data
+    if is_remote(path):
+        epath.Path(path).write_bytes(data)  # a store shows an object only once it is whole
+        return
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def require_free_space(path: epath.PathLike, bytes_needed: int) -> None:
+    """Raises `UserError` where the disk of `path` (which need not exist) has less than needed."""
+    if is_remote(path):
+        return
+    place = Path(path).expanduser().absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < bytes_needed:
+        raise UserError(
+            f"{path}: {_gigabytes(bytes_needed)} needed on disk, {_gigabytes(free)} free; "
+            "free some space, or choose a path on another disk"
+        )
+
+
+def _gigabytes(number: int) -> str:
+    return f"{number / 1e9:.2f} GB" if number >= 1e7 else f"{number / 1e6:.2f} MB"
