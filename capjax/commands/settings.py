@@ -11,7 +11,7 @@ import re
 import runpy
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -213,9 +213,10 @@ def _items(text: str, current: Sequence) -> list:
     parts = [part.strip().strip("'\"") for part in inner.split(",")]
     if parts[-1] == "":
         parts.pop()  # "(1,)", and the empty list
-    readers = {bool: _truth, int: _whole, float: _number, str: str}
-    read = readers[kind] if kind in readers else _literal
-    return [read(part) for part in parts]
+    if kind is str:
+        return parts
+    readers: dict[type | None, Callable] = {bool: _truth, int: _whole, float: _number}
+    return [readers.get(kind, _literal)(part) for part in parts]
 
 
 def _literal(text: str) -> _Value:
