@@ -8,6 +8,8 @@ from operator import index as as_index
 from pathlib import Path
 from typing import Protocol, SupportsIndex
 
+import numpy as np
+
 from capjax.data.records import (
     SHARD_SUFFIX,
     ArrayRecordSource,
@@ -80,29 +82,50 @@ def open_source(
     )
 
 
-def _open_emoji(name: str, styles: Sequence[str] | None, flags: bool) -> ArrayRecordSource:
+def _open_emoji(name: str, styles: Sequence[str] | None, flags: bool) -> Source:
     split = name.removeprefix("emoji:")
     valid = EMOJI_SPLITS[split]
     chosen = valid if styles is None else (styles,) if isinstance(styles, str) else tuple(styles)
-    if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(valid):
-        raise UserError(
-            f"styles={styles!r} for {name!r}: expected distinct styles out of {', '.join(valid)}"
-        )
-    # Flags lie in shards of their own so that leaving them out needs no filter.
-    prefixes = [f"{split}-{style}" for style in chosen]
-    if flags:
-        prefixes += [f"{split}-flags-{style}" for style in chosen]
-    paths = [
-        path
-        for prefix in prefixes
-        for path in sorted(EMOJI_DIRECTORY.glob(f"{prefix}-*-of-*{SHARD_SUFFIX}"))
-    ]
-    if not paths:
+    if not chosen or not set(chosen) <= set(valid):
+        raise UserError(f"styles={styles!r} of {name!r}: expected some of {', '.join(valid)}")
+    shards = sorted(EMOJI_DIRECTORY.glob(f"{split}-*-of-*{SHARD_SUFFIX}"))
+    if not shards:
         raise UserError(
             f"source {name!r}: no shards in {EMOJI_DIRECTORY}; "
             "install capjax again or run tools/build_emoji_corpus.py"
         )
-    return ArrayRecordSource(paths)
+    source = ArrayRecordSource(shards)
+    if flags and set(chosen) == set(valid):
+        return source
+    metadata = (source[i].metadata for i in range(len(source)))
+    return Subset(
+        source,
+        [
+            i
+            for i, of in enumerate(metadata)
+            if of["style"] in chosen and (flags or of["group"] != "Flags")
+        ],
+    )
+
+
+class Subset:
+    """The examples of a source at the given indices, in their order."""
+
+    def __init__(self, source: Source, indices: Sequence[int]) -> None:
+        self.source = source
+        self.indices = np.asarray(indices, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: SupportsIndex) -> Example:
+        i = as_index(index)
+        if not 0 <= i < len(self):
+            raise IndexError(f"example {i} of {self!r}: expected 0 <= index < {len(self)}")
+        return self.source[int(self.indices[i])]
+
+    def __repr__(self) -> str:
+        return f"Subset({self.source!r}; {len(self)} examples)"
 
 
 class ImageDirectory:
