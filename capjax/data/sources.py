@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from operator import index as as_index
 from pathlib import Path
-from typing import Protocol, SupportsIndex
+from typing import Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
 
@@ -32,6 +32,7 @@ EMOJI_SPLITS = {
 SOURCE_NAMES = tuple(f"emoji:{split}" for split in EMOJI_SPLITS)
 
 
+@runtime_checkable
 class Source(Protocol):
     """Random access to examples. Picklable, and safe to read from several threads."""
 
