@@ -104,7 +104,8 @@ def train(
       flops_per_image: FLOPs of the model, forward and backward.
 
     Raises `NonFiniteLoss` naming the step, with what was saved before it kept. The part between
-    evaluations runs under `transfer_guard("disallow")`: implicit transfers are errors there.
+    evaluations runs under `transfer_guard("disallow")`: implicit transfers are errors there, but
+    for the first launch, which compiles.
     """
     progress, tracer = progress or Progress(is_shown=False), tracer or Tracer()
     clock = Throughput(batch_size)
@@ -182,13 +183,17 @@ class _Log:
 
     @contextlib.contextmanager
     def launching(self, step: int) -> Iterator[None]:
-        """Around the launch of the step after `step`: the first compiles, and says so."""
+        """Around the launch of the step after `step`: the first compiles, and says so.
+
+        Compiling may transfer: on a GPU it reads constants that the step closes over. A transfer
+        at every step is still caught, by the second.
+        """
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             if step > self.start_step:
                 yield
                 return
             begin = time.monotonic()
-            with self.progress.doing("compiling the training step"):
+            with self.progress.doing("compiling the training step"), jax.transfer_guard("allow"):
                 yield
             self.compile_s = time.monotonic() - begin
 

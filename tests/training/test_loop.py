@@ -279,6 +279,15 @@ def test_implicit_transfers_in_the_hot_loop_fail(where):
         run(**options)
 
 
+def test_the_launch_that_compiles_may_transfer():
+    """Constants that a step closes over are read from the device then, where that is no CPU."""
+
+    def launch(state, batch):
+        return fitted(state, {"x": np.ones((2, 3), np.float32)})
+
+    run(train_step=launch, total_steps=1)
+
+
 def test_evaluators_and_saves_may_transfer():
     seen = []
     run(
