@@ -12,6 +12,7 @@ entered) every helper here is the identity, so the models run as plain JAX too.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -33,14 +34,21 @@ act_BLF = P(BATCH, None, "tensor")
 act_BLNK = P(BATCH, None, "tensor", None)
 act_BLV = P(BATCH, None, "tensor")
 act_BHWC = P(BATCH, None, None, None)
+act_XBLNK = P(None, BATCH, None, "tensor", None)
 
 # Parameters as stored. A stack's leading layer axis is prepended as None by the stack.
 kernel_DF = P("fsdp", "tensor")
 kernel_FD = P("tensor", "fsdp")
 kernel_DNK = P("fsdp", "tensor", None)
 kernel_NKD = P("tensor", None, "fsdp")
+kernel_D3NK = P("fsdp", None, "tensor", None)
 kernel_DV = P("fsdp", "tensor")
+kernel_HWCD = P(None, None, None, "fsdp")
 embedding_VD = P("tensor", "fsdp")
+embedding_LD = P(None, "fsdp")
+bias_F = P("tensor")
+bias_3NK = P(None, "tensor", None)
+bias_V = P("tensor")
 replicated = P()
 
 
@@ -54,7 +62,7 @@ class MeshShape:
     tensor: int = 1
 
     def resolve(self, num_devices: int) -> tuple[int, ...]:
-        """Sizes in the order of `AXES`. Raises `UserError` where they do not multiply to the devices."""
+        """Sizes in the order of `AXES`. Raises `UserError` where their product is another number."""
         sizes = [getattr(self, axis) for axis in AXES]
         for axis, size in zip(AXES, sizes, strict=True):
             if size != -1 and size < 1:
@@ -70,7 +78,7 @@ class MeshShape:
         return tuple(num_devices // known if size == -1 else size for size in sizes)
 
 
-def make_mesh(shape: MeshShape = MeshShape(), devices: list | None = None) -> Mesh:  # noqa: B008
+def make_mesh(shape: MeshShape = MeshShape(), devices: list | None = None) -> Mesh:
     """The mesh over `devices` (default: all). Raises `UserError` where the shape does not fit."""
     devices = jax.devices() if devices is None else devices
     sizes = shape.resolve(len(devices))
@@ -101,6 +109,25 @@ def out_sharding(spec: P) -> P | None:
 def reshard(x: jax.Array, spec: P) -> jax.Array:
     """`x` laid out as `spec`: gathers a parameter where it is used, or splits an activation."""
     return x if jax.sharding.get_abstract_mesh().empty else jax.sharding.reshard(x, spec)
+
+
+def check_divides(tree, specs) -> None:
+    """Raises `UserError` where an array's axis does not divide over its mesh axis."""
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    for path, x in jax.tree.leaves_with_path(tree):
+        spec = functools.reduce(lambda node, key: node[key.key], path, specs)
+        for size, axis in zip(x.shape, spec, strict=False):
+            if axis is not None and size % sizes.get(axis, 1):
+                raise UserError(
+                    f"mesh.{axis}={sizes[axis]} does not divide an axis of size {size} of "
+                    f"{jax.tree_util.keystr(path, simple=True, separator='/')} {x.shape}; "
+                    f"use a divisor of {size}, or change the model's sizes"
+                )
+
+
+def gathered(spec: P) -> P:
+    """How a parameter stored as `spec` is laid out where it is used: not split over `fsdp`."""
+    return P(*(None if axis == "fsdp" else axis for axis in spec))
 
 
 def place_batch(mesh: Mesh, rows: dict[str, np.ndarray]) -> dict[str, jax.Array]:

@@ -1,0 +1,160 @@
+"""Multi-head attention: of a sequence to itself, and of text to patches."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from capjax.dims import Array, Float, PRNGKeyArray
+from capjax.mesh import act_BLD, bias_3NK, kernel_D3NK, kernel_DNK, kernel_NKD
+from capjax.models.layers import Initializer, Projection
+
+MASKED = float(jnp.finfo(jnp.float32).min)  # finite, so that differences of logits never give NaN
+
+
+@jax.custom_vjp
+def _softmax(logits_BNLS: Array, like: Array) -> Array:
+    """Softmax over keys in float32, kept (also for the backward pass) in the type of `like`."""
+    return jax.nn.softmax(logits_BNLS, -1).astype(like.dtype)
+
+
+def _softmax_forward(logits_BNLS, like):
+    weights_BNLS = _softmax(logits_BNLS, like)
+    return weights_BNLS, weights_BNLS
+
+
+def _softmax_backward(weights_BNLS, dweights_BNLS):
+    weights_BNLS = weights_BNLS.astype(jnp.float32)
+    product_BNLS = weights_BNLS * dweights_BNLS.astype(jnp.float32)
+    return product_BNLS - weights_BNLS * jnp.sum(product_BNLS, -1, keepdims=True), None
+
+
+_softmax.defvjp(_softmax_forward, _softmax_backward)
+
+
+def attend(
+    query_BLNK: Float[Array, "B L N K"],
+    key_BSNK: Float[Array, "B S N K"],
+    value_BSNK: Float[Array, "B S N K"],
+    bias_B1LS: Float[Array, "#B 1 #L S"] | None = None,
+) -> Float[Array, "B L N K"]:
+    """Softmax attention. `bias` is 0 where a key may be seen and `MASKED` where not.
+
+    It is added rather than selected by, because an addition keeps nothing for the backward pass.
+    """
+    query_BLNK = query_BLNK * jnp.asarray(query_BLNK.shape[-1] ** -0.5, query_BLNK.dtype)
+    logits_BNLS = jnp.einsum(
+        "BLNK,BSNK->BNLS", query_BLNK, key_BSNK, preferred_element_type=jnp.float32
+    )
+    if bias_B1LS is not None:
+        logits_BNLS += bias_B1LS
+    weights_BNLS = _softmax(logits_BNLS, value_BSNK)
+    return jnp.einsum("BNLS,BSNK->BLNK", weights_BNLS, value_BSNK)
+
+
+def fused_heads(
+    key: PRNGKeyArray,
+    width: int,
+    num: int,
+    num_heads: int,
+    head_width: int,
+    init: Callable[..., Initializer],
+    *,
+    use_bias: bool,
+) -> Projection:
+    """`num` projections onto heads in one kernel (D, num, N, K): one matmul instead of `num`."""
+    return Projection(
+        key,
+        "BLD,DTNK->BLTNK",
+        (width, num, num_heads, head_width),
+        kernel_D3NK,
+        init(num_out=2, num_separate=1),
+        bias_shape=(num, num_heads, head_width) if use_bias else None,
+        bias_spec=bias_3NK,
+    )
+
+
+def merge_heads(
+    key: PRNGKeyArray,
+    num_heads: int,
+    head_width: int,
+    width: int,
+    init: Callable[..., Initializer],
+    *,
+    use_bias: bool,
+) -> Projection:
+    """The output projection of an attention; the sum over heads crosses the tensor axis."""
+    return Projection(
+        key,
+        "BLNK,NKD->BLD",
+        (num_heads, head_width, width),
+        kernel_NKD,
+        init(),
+        bias_shape=(width,) if use_bias else None,
+        out_spec=act_BLD,
+    )
+
+
+class SelfAttention(nnx.Module):
+    """Multi-head self-attention."""
+
+    def __init__(
+        self,
+        key: PRNGKeyArray,
+        width: int,
+        num_heads: int,
+        init: Callable[..., Initializer],
+        *,
+        use_bias: bool,
+    ):
+        qkv_key, out_key = jax.random.split(key)
+        head_width = width // num_heads
+        self.qkv = fused_heads(qkv_key, width, 3, num_heads, head_width, init, use_bias=use_bias)
+        self.out = merge_heads(out_key, num_heads, head_width, width, init, use_bias=use_bias)
+
+    def project(self, x_BLD: Float[Array, "B L D"]) -> tuple[Array, Array, Array]:
+        """Query, key and value, each (B, L, N, K)."""
+        qkv_BL3NK = self.qkv(x_BLD)
+        return qkv_BL3NK[:, :, 0], qkv_BL3NK[:, :, 1], qkv_BL3NK[:, :, 2]
+
+    def __call__(
+        self, x_BLD: Float[Array, "B L D"], bias_B1LS: Array | None = None
+    ) -> Float[Array, "B L D"]:
+        return self.out(attend(*self.project(x_BLD), bias_B1LS))
+
+
+class CrossAttention(nnx.Module):
+    """Multi-head attention of text (width E) to patches (width D), without biases."""
+
+    def __init__(
+        self,
+        key: PRNGKeyArray,
+        width: int,
+        memory_width: int,
+        num_heads: int,
+        init: Callable[..., Initializer],
+    ):
+        query_key, memory_key, out_key = jax.random.split(key, 3)
+        head_width = width // num_heads
+        self.query = Projection(
+            query_key,
+            "BLE,ENK->BLNK",
+            (width, num_heads, head_width),
+            kernel_DNK,
+            init(num_out=2),
+        )
+        self.key_value = fused_heads(
+            memory_key, memory_width, 2, num_heads, head_width, init, use_bias=False
+        )
+        self.out = merge_heads(out_key, num_heads, head_width, width, init, use_bias=False)
+
+    def project_memory(self, patches_BPD: Float[Array, "B P D"]) -> tuple[Array, Array]:
+        """Key and value of the patches, each (B, P, N, K)."""
+        key_value_BP2NK = self.key_value(patches_BPD)
+        return key_value_BP2NK[:, :, 0], key_value_BP2NK[:, :, 1]
+
+    def __call__(
+        self, x_BLE: Float[Array, "B L E"], memory: tuple[Array, Array]
+    ) -> Float[Array, "B L E"]:
+        return self.out(attend(self.query(x_BLE), *memory))

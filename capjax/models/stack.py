@@ -1,0 +1,64 @@
+"""N equal blocks: built by `vmap`, run by `lax.scan` or unrolled, with remat by name."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from capjax.dims import PRNGKeyArray
+
+# What the backward pass recomputes from each block's input.
+REMAT_POLICIES = ("none", "full", "dots")
+
+
+def build_stack(build: Callable[[PRNGKeyArray], Any], key: PRNGKeyArray, depth: int):
+    """`depth` independent blocks as one, every parameter with a leading layer axis."""
+    return jax.vmap(build)(jax.random.split(key, depth))
+
+
+def _cheap_and_sharded(prim, *_, **__) -> bool:
+    """Saves everything but casts and gathers: a gathered kernel kept would undo its sharding."""
+    return prim.name not in ("reshard", "convert_element_type", "mesh_cast")
+
+
+def _with_remat(body: Callable, remat: str, *, in_scan: bool) -> Callable:
+    checkpoint = functools.partial(jax.checkpoint, prevent_cse=not in_scan)
+    match remat:
+        case "full":
+            return checkpoint(body)
+        case "dots":
+            return checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+        case _:
+            return checkpoint(body, policy=_cheap_and_sharded)
+
+
+def run_stack(
+    body: Callable[[Any, Any], Any], carry: Any, layers: Any, *, scan: bool, remat: str = "none"
+) -> Any:
+    """`carry = body(carry, layer)` over the leading axis of `layers`, any tree of arrays.
+
+    Args:
+      scan: one traced body under `lax.scan` (compiles in constant time) or `depth` copies of it.
+      remat: one of `REMAT_POLICIES`: "none" keeps what the backward pass needs, "full" only each
+        layer's input, "dots" the results of matmuls with a parameter.
+    """
+    body = _with_remat(body, remat, in_scan=scan)
+    if scan:
+        return lax.scan(lambda carry, layer: (body(carry, layer), None), carry, layers)[0]
+    for layer in _unstack(layers):
+        carry = body(carry, layer)
+    return carry
+
+
+def _unstack(layers: Any) -> list[Any]:
+    """The layers one by one; `split`, because its gradient is one concatenation."""
+    leaves, treedef = jax.tree.flatten(layers)
+    depth = leaves[0].shape[0]
+    parts = [lax.split(leaf, (1,) * depth) for leaf in leaves]
+    return [
+        jax.tree.unflatten(treedef, [jnp.squeeze(part[i], 0) for part in parts])
+        for i in range(depth)
+    ]
