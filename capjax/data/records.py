@@ -51,6 +51,10 @@ class Example(NamedTuple):
     metadata: dict[str, Any] = {}  # noqa: RUF012 (never mutated: a record is a value)
 
 
+_FIELDS = set(Example._fields)
+_REQUIRED = {"key", "image"}
+
+
 class CorruptRecord(Exception):  # noqa: N818 (a state of the data, counted and replaced)
     """A record that cannot be read: `shard` (file), `index` within it, and the `reason`."""
 
@@ -64,40 +68,47 @@ class CorruptRecord(Exception):  # noqa: N818 (a state of the data, counted and 
         return f"{self.shard}: record {self.index} cannot be read: {self.reason}"
 
 
-def _check(ok: bool, field: str, expected: str, value: object) -> None:
-    if not ok:
-        raise ValueError(f"example field `{field}`: expected {expected}, got {value!r:.80}")
+def _misfit(field: str, expected: str, value: object) -> ValueError:
+    return ValueError(f"example field `{field}`: expected {expected}, got {value!r:.80}")
 
 
 def _check_plain(value: object, field: str) -> None:
     """Refuses what msgpack would change on the way (tuples, sets, arrays, non-string keys)."""
-    if isinstance(value, dict):
+    if value is None or type(value) in (str, int, float, bool, bytes):
+        return
+    if type(value) is dict:
         for name, item in value.items():
-            _check(type(name) is str, field, "string keys", name)
+            if type(name) is not str:
+                raise _misfit(field, "string keys", name)
             _check_plain(item, f"{field}.{name}")
-    elif isinstance(value, list):
+    elif type(value) is list:
         for item in value:
             _check_plain(item, field)
     else:
-        plain = value is None or type(value) in (bool, int, float, str, bytes)
-        _check(plain, field, "None, bool, int, float, str, bytes, list or dict", value)
+        raise _misfit(field, "None, bool, int, float, str, bytes, list or dict", value)
 
 
 def _validate(example: Example) -> Example:
     key, image, captions, label, boxes, metadata = example
-    _check(type(key) is str and key != "", "key", "a non-empty string", key)
-    _check(type(image) is bytes and image != b"", "image", "non-empty bytes", image)
-    _check(type(captions) is tuple, "captions", "a tuple of Caption", captions)
+    if type(key) is not str or not key:
+        raise _misfit("key", "a non-empty string", key)
+    if type(image) is not bytes or not image:
+        raise _misfit("image", "non-empty bytes", image)
+    if type(captions) is not tuple:
+        raise _misfit("captions", "a tuple of Caption", captions)
     for caption in captions:
-        _check(isinstance(caption, Caption), "captions", "a tuple of Caption", caption)
-        _check(all(type(part) is str for part in caption), "captions", "strings", caption)
-    _check(label is None or type(label) is int, "label", "an integer or None", label)
-    if boxes is not None:
-        _check(type(boxes) is tuple, "boxes", "a tuple of 4-tuples", boxes)
-        for box in boxes:
-            _check(type(box) is tuple and len(box) == 4, "boxes", "tuples of 4 numbers", box)
-            _check(all(type(side) in (int, float) for side in box), "boxes", "numbers", box)
-    _check(type(metadata) is dict, "metadata", "a dict", metadata)
+        if type(caption) is not Caption or not all(type(part) is str for part in caption):
+            raise _misfit("captions", "Caption(text, source, language) of strings", caption)
+    if label is not None and type(label) is not int:
+        raise _misfit("label", "an integer or None", label)
+    if boxes is not None and type(boxes) is not tuple:
+        raise _misfit("boxes", "a tuple of 4-tuples or None", boxes)
+    for box in boxes or ():
+        numbers = type(box) is tuple and all(type(side) in (int, float) for side in box)
+        if not numbers or len(box) != 4:
+            raise _misfit("boxes", "tuples of 4 numbers", box)
+    if type(metadata) is not dict:
+        raise _misfit("metadata", "a dict", metadata)
     _check_plain(metadata, "metadata")
     return example
 
@@ -124,14 +135,16 @@ def decode_example(data: bytes) -> Example:
         record = msgpack.unpackb(data)
     except Exception as error:  # msgpack raises a dozen kinds on damaged input
         raise ValueError(f"not a msgpack record: {type(error).__name__}: {error}") from error
-    names = set(record) if isinstance(record, dict) else {type(record).__name__}
-    known = {"key", "image"} <= names <= set(Example._fields)
-    _check(known, "*", f"key, image and others of {Example._fields}", sorted(map(repr, names)))
+    if type(record) is not dict or not _REQUIRED <= record.keys() <= _FIELDS:
+        got = list(record) if type(record) is dict else record
+        raise _misfit("*", f"key, image and others of {Example._fields}", got)
     captions: list[Caption] = []
     groups = record.get("captions", [])
-    _check(type(groups) is list, "captions", "a list", groups)
+    if type(groups) is not list:
+        raise _misfit("captions", "a list", groups)
     for group in groups:
-        _check(type(group) is list and len(group) > 2, "captions", "groups of texts", group)
+        if type(group) is not list or len(group) < 3:
+            raise _misfit("captions", "lists of source, language and texts", group)
         captions += [Caption(text, group[0], group[1]) for text in group[2:]]
     record["captions"] = tuple(captions)
     boxes = record.get("boxes")

@@ -61,7 +61,7 @@ def open_source(
     if styles is not None or not flags:
         raise UserError(f"source {name!r} has no `styles` or `flags`: only emoji:SPLIT does")
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():  # an empty name would mean the current directory
         shards = sorted(path.glob(f"*{SHARD_SUFFIX}"))
         return ArrayRecordSource(shards) if shards else ImageDirectory(path)
     if path.is_file():
