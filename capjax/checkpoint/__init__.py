@@ -1,0 +1,30 @@
+"""Checkpoints: all that a run needs to continue bit for bit, and all that its model needs alone.
+
+    checkpoints/00000700/
+      state/           Orbax: a nested dict {"step", "params", "opt_state", "key_data"}
+      tokenizer.model  SentencePiece; absent where the run had no tokenizer
+      capjax.json      metadata: config, versions, digests, hashes; its own hash; written last
+
+A save is written to `00000700.partial` and renamed when it is complete.
+
+Nothing damaged passes unnoticed: `capjax.json` carries a hash of itself, the sizes of all files,
+the hashes of those that hold no bulk data, and a digest of every array, taken of the live arrays
+when they are saved and compared with that of the arrays that were read.
+"""
+
+from capjax.checkpoint.checkpointer import Checkpointer
+from capjax.checkpoint.directory import check_disk_space, find_steps, list_steps, step_directory
+from capjax.checkpoint.metadata import RunInfo
+from capjax.checkpoint.reading import LoadedCheckpoint, load_params, verify
+
+__all__ = [
+    "Checkpointer",
+    "LoadedCheckpoint",
+    "RunInfo",
+    "check_disk_space",
+    "find_steps",
+    "list_steps",
+    "load_params",
+    "step_directory",
+    "verify",
+]

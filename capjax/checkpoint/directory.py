@@ -1,0 +1,149 @@
+"""A run's directory of checkpoints: names, and changes that a kill cannot leave half made.
+
+    00000700           a checkpoint
+    00000800.partial   a save under way, or what a killed one left
+    00000100.removed   one that is being deleted
+    00000600.damaged   set aside by a restore; never touched again
+
+A store without atomic renames (`gs://`) gets each save in place; a directory there is a checkpoint
+once it has its metadata, the file that is written last and deleted first.
+"""
+
+import contextlib
+import itertools
+import os
+import re
+import shutil
+from pathlib import Path
+
+from etils import epath
+
+from capjax.checkpoint.files import METADATA_FILE
+from capjax.errors import UserError
+
+
+def absolute(path: str | os.PathLike) -> epath.Path:
+    """An absolute path, as Orbax wants it; `gs://` and the like as they are."""
+    if "://" in os.fspath(path):
+        return epath.Path(path)
+    return epath.Path(Path(path).expanduser().resolve())
+
+
+def renames(path: epath.Path) -> bool:
+    """Whether the store renames a directory at once; elsewhere it is copied file by file."""
+    return "://" not in os.fspath(path)
+
+
+def step_directory(directory: epath.Path, step: int) -> epath.Path:
+    """Where `directory` keeps the checkpoint of `step`."""
+    return directory / f"{step:08d}"
+
+
+def partial_directory(directory: epath.Path, step: int) -> epath.Path:
+    """Where the checkpoint of `step` is written before it counts."""
+    final = step_directory(directory, step)
+    return directory / f"{final.name}.partial" if renames(directory) else final
+
+
+def list_steps(directory: epath.Path) -> list[int]:
+    """The steps that have a checkpoint, damaged or not, in rising order."""
+    if not directory.exists():
+        return []
+    found = [p for p in directory.iterdir() if re.fullmatch(r"\d{8,}", p.name)]
+    return sorted(int(p.name) for p in found if renames(p) or (p / METADATA_FILE).exists())
+
+
+def find_steps(path: str | os.PathLike) -> tuple[epath.Path, list[int]]:
+    """(directory, steps) meant by a workdir, its `checkpoints`, or one checkpoint in it.
+
+    Raises `UserError` where there is no checkpoint.
+    """
+    given = absolute(path)
+    if re.fullmatch(r"\d{8,}", given.name) and given.exists():
+        return given.parent, [int(given.name)]
+    for directory in (given / "checkpoints", given):
+        steps = list_steps(directory)
+        if steps:
+            return directory, steps
+    was = "" if given.exists() else " (there is no such directory)"
+    raise UserError(
+        f"no checkpoint in {given}{was}; expected a workdir, its checkpoints/, or one of these, "
+        "such as checkpoints/00000700"
+    )
+
+
+def publish(directory: epath.Path, step: int) -> None:
+    """Gives a complete save its name; an older checkpoint of the same step makes way."""
+    partial, final = partial_directory(directory, step), step_directory(directory, step)
+    if partial != final:
+        removed = _hide(final)
+        partial.rename(final)
+        _delete(removed)
+
+
+def prune(directory: epath.Path, keep: int, keep_every_steps: int) -> None:
+    """Deletes all but the newest `keep` and the multiples of `keep_every_steps` (0: none)."""
+    for step in list_steps(directory)[:-keep]:
+        if not (keep_every_steps and step % keep_every_steps == 0):
+            with contextlib.suppress(OSError):  # it is tried again after the next save
+                _delete(_hide(step_directory(directory, step)))
+
+
+def set_aside(directory: epath.Path, step: int) -> epath.Path:
+    """Renames a damaged checkpoint, so that its step can be saved anew; returns where it is."""
+    final = step_directory(directory, step)
+    names = (f"{final.name}.damaged{n}" for n in itertools.chain([""], itertools.count(2)))
+    aside = next(path for path in map(directory.__truediv__, names) if not path.exists())
+    if renames(directory):
+        with contextlib.suppress(OSError):  # where nothing can be written, the good is still read
+            return final.rename(aside)
+    return final
+
+
+def clear_leftovers(directory: epath.Path) -> None:
+    """Deletes half-written and half-deleted checkpoints; names one that only lacks its name."""
+    for path in list(directory.iterdir()):
+        if path.name.endswith(".partial") and (path / METADATA_FILE).exists():
+            publish(directory, int(path.name.removesuffix(".partial")))
+        elif path.name.endswith((".partial", ".removed")):
+            path.rmtree()
+
+
+def discard_partial(directory: epath.Path, step: int) -> None:
+    """Deletes what there is of an unfinished save: it is of no use, and the disk may be full."""
+    _delete(partial_directory(directory, step))
+
+
+def check_disk_space(path: str | os.PathLike, state_bytes: int, keep: int) -> None:
+    """Raises `UserError` where the disk has no room for the checkpoints that `keep` means.
+
+    `path` is where the checkpoints are to be; it need not exist. While a save is under way there is
+    one more than `keep`. Stores like `gs://` are not asked.
+    """
+    directory = absolute(path)
+    if not renames(directory):
+        return
+    needed = state_bytes * max(1, keep + 1 - len(list_steps(directory)))
+    existing = next(p for p in (directory, *directory.parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise UserError(
+            f"too little disk for the checkpoints in {directory}: {needed / 1e6:,.0f} MB needed "
+            f"({state_bytes / 1e6:,.0f} MB each, checkpoint.keep={keep}), {free / 1e6:,.0f} MB "
+            "free; make room, lower checkpoint.keep, or name another workdir"
+        )
+
+
+def _hide(final: epath.Path) -> epath.Path:
+    """Makes a checkpoint, if there is one, stop counting at once; returns what is left of it."""
+    if not renames(final):
+        (final / METADATA_FILE).unlink(missing_ok=True)
+        return final
+    removed = final.parent / f"{final.name}.removed"
+    _delete(removed)
+    return final.rename(removed) if final.exists() else removed
+
+
+def _delete(path: epath.Path) -> None:
+    if path.exists():
+        path.rmtree()

@@ -1,0 +1,107 @@
+"""A finished checkpoint, read for its model, or to see whether it is good."""
+
+import os
+import sys
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from etils import epath
+
+from capjax.checkpoint.arrays import (
+    check_digests,
+    digest_problems,
+    nested,
+    on_one_device,
+    read_arrays,
+)
+from capjax.checkpoint.directory import find_steps, step_directory
+from capjax.checkpoint.files import (
+    TOKENIZER_FILE,
+    Damage,
+    Metadata,
+    checked_metadata,
+    file_problems,
+    first_of,
+    read_metadata,
+)
+from capjax.dims import Params
+from capjax.errors import UserError
+
+
+class LoadedCheckpoint(NamedTuple):
+    """A checkpoint's parameters (nested dict, on one device), and what goes with them."""
+
+    params: Params
+    metadata: Metadata
+    tokenizer_model: bytes  # empty where the run had no tokenizer
+    step: int
+
+
+def load_params(path: str | os.PathLike) -> LoadedCheckpoint:
+    """The parameters of a checkpoint, verified, without the optimizer's state.
+
+    `path` is a workdir, its `checkpoints`, or one checkpoint in it; of several the newest good one
+    is taken, and damaged newer ones are reported on stderr. The arrays lie on this process's first
+    device. Raises `UserError` where nothing good is found.
+    """
+    directory, steps = find_steps(path)
+    damaged: dict[int, str] = {}
+    for step in reversed(steps):
+        try:
+            loaded = _load(step_directory(directory, step))
+        except Damage as damage:
+            damaged[step] = str(damage)
+            continue
+        for bad_step, problem in damaged.items():
+            warn(
+                f"the checkpoint of step {bad_step} in {directory} is damaged ({problem}); "
+                f"step {step} is used instead"
+            )
+        return loaded
+    raise UserError(all_damaged(directory, damaged))
+
+
+def _load(directory: epath.Path) -> LoadedCheckpoint:
+    metadata = checked_metadata(directory)
+    entries = {k: e for k, e in metadata["arrays"].items() if k.startswith("params/")}
+    arrays = read_arrays(directory, on_one_device(entries))
+    check_digests(arrays, entries)
+    has_tokenizer = TOKENIZER_FILE in metadata["files"]
+    return LoadedCheckpoint(
+        params=nested(arrays)["params"],
+        metadata=metadata,
+        tokenizer_model=(directory / TOKENIZER_FILE).read_bytes() if has_tokenizer else b"",
+        step=metadata["step"],
+    )
+
+
+def verify(directory: epath.Path, step: int) -> list[str]:
+    """Reads every byte of a checkpoint; what is wrong with it, a line each (none: it is good).
+
+    Holds one array at a time. Raises `UserError` for a format that this version does not read.
+    """
+    checkpoint = step_directory(directory, step)
+    try:
+        metadata = read_metadata(checkpoint)
+    except Damage as damage:
+        return [str(damage)]
+    entries = metadata["arrays"]
+    problems = file_problems(checkpoint, metadata)
+    unreadable = []
+    for name, struct in on_one_device(entries).items():
+        try:
+            problems += digest_problems(read_arrays(checkpoint, {name: struct}), entries)
+        except Damage as damage:
+            unreadable.append(f"array {name}: {damage}")
+    return [*problems, first_of(unreadable)] if unreadable else problems
+
+
+def warn(line: str) -> None:
+    """Prints one line to stderr."""
+    print(f"capjax: warning: {line}", file=sys.stderr, flush=True)
+
+
+def all_damaged(directory: epath.Path, problems: Mapping[int, str]) -> str:
+    """The error where no checkpoint is good: step -> what is wrong with it."""
+    listed = "; ".join(f"step {step}: {problem}" for step, problem in problems.items())
+    return f"no good checkpoint in {directory} ({listed}); put one back, or name another workdir"
