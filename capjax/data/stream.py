@@ -1,0 +1,78 @@
+"""The order of the training stream: pure functions of (seed, position), with no state to save.
+
+Position p of the stream is example p % N of epoch p // N, in an order shuffled anew each epoch.
+Nothing here knows of batches, processes, workers or restarts, so none of them can change it.
+"""
+
+import functools
+import math
+
+import numpy as np
+
+from capjax.data.images import ImageError
+from capjax.data.records import CorruptRecord
+from capjax.data.transforms import NoCaption
+from capjax.errors import UserError
+
+_MASK = (1 << 64) - 1
+_ROUNDS = 8
+
+
+def mix(*values: int) -> int:
+    """64 well-mixed bits of a tuple of integers (SplitMix64's finalizer, chained)."""
+    state = 0x9E3779B97F4A7C15
+    for value in values:
+        state = (state ^ (value & _MASK)) + 0x9E3779B97F4A7C15 & _MASK
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _MASK
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & _MASK
+        state ^= state >> 31
+    return state
+
+
+@functools.lru_cache(maxsize=64)
+def _round_keys(seed: int, epoch: int) -> tuple[int, ...]:
+    return tuple(mix(seed, epoch, i) for i in range(_ROUNDS))
+
+
+def example_index(seed: int, position: int, num_examples: int) -> int:
+    """Which example stands at a position: each once an epoch, in O(1) time and memory.
+
+    A Feistel network over pairs (a, b) of remainders, a x b just above `num_examples`; a result
+    beyond it is permuted again until it is within. (Grain's own shuffle takes up to 10 ms an index
+    for sources of a few examples, and 32 bits.)
+    """
+    epoch, index = divmod(position, num_examples)
+    keys = _round_keys(seed, epoch)
+    size = math.isqrt(num_examples - 1) + 1  # at least the square root
+    while True:
+        a, b = divmod(index, size)
+        a_size, b_size = -(-num_examples // size), size
+        for key in keys:
+            h = (a + key) * 0xBF58476D1CE4E5B9 & _MASK
+            h = (h ^ h >> 29) * 0x94D049BB133111EB & _MASK
+            a, b = (b + (h >> 32)) % b_size, a
+            a_size, b_size = b_size, a_size
+        index = a * size + b
+        if index < num_examples:
+            return index
+
+
+def substitute_index(seed: int, position: int, attempt: int, num_examples: int) -> int:
+    """Which example stands in at a position where `attempt` >= 1 examples could not be used."""
+    return mix(seed, position, attempt) % num_examples
+
+
+def position_rng(seed: int, position: int) -> np.random.Generator:
+    """The random numbers of one position. Philox: distinct keys give independent streams."""
+    return np.random.Generator(np.random.Philox(key=np.array([mix(seed), position], np.uint64)))
+
+
+def bad_reason(error: CorruptRecord | ImageError | NoCaption) -> str:
+    """A short reason to count by: few distinct ones, whatever the record."""
+    if isinstance(error, ImageError):
+        return error.reason
+    return "unreadable record" if isinstance(error, CorruptRecord) else "no caption"
+
+
+class DataError(UserError):
+    """So many records cannot be used that the source itself must be wrong."""
