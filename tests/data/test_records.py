@@ -8,7 +8,7 @@ from pathlib import Path
 import msgpack
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capjax.data.records import (
@@ -45,6 +45,7 @@ examples = st.builds(
 )
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(examples)
 def test_example_survives_the_round_trip(example):
     decoded = decode_example(encode_example(example))
@@ -53,6 +54,7 @@ def test_example_survives_the_round_trip(example):
     assert all(type(caption) is Caption for caption in decoded.captions)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(examples, st.data())
 def test_damaged_bytes_give_an_example_or_a_value_error(example, data):
     content = bytearray(encode_example(example))
