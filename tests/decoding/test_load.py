@@ -1,0 +1,176 @@
+"""A checkpoint used as a captioner, against the functions it is made of."""
+
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import capjax
+from capjax.checkpoint import load_params
+from capjax.decoding import generate as generate_module
+from capjax.decoding.generate import generate
+from capjax.decoding.load import load
+from capjax.errors import UserError
+from capjax.mesh import MeshShape, make_mesh
+
+LENGTH = 12
+
+
+@pytest.fixture(scope="module")
+def captioner(run_directory):
+    return load(run_directory)
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """Eleven images of several sizes, as arrays."""
+    rng = np.random.default_rng(1)
+    sizes = rng.integers(10, 40, (11, 2))
+    return [
+        (rng.integers(0, 256, (height, width, 3)) * rng.random()).astype(np.uint8)
+        for height, width in sizes
+    ]
+
+
+@pytest.fixture(scope="module")
+def pixels(captioner, pictures):
+    return jnp.stack([captioner.preprocessing.preprocess(picture) for picture in pictures])
+
+
+def test_everything_comes_from_the_checkpoint(captioner, run_directory):
+    kept = load_params(run_directory)
+    assert captioner.step == 12
+    assert captioner.config["seed"] == 5
+    assert captioner.tokenizer.model_bytes == kept.tokenizer_model
+    assert captioner.model.config.vocab_size == captioner.tokenizer.vocab_size
+    assert captioner.preprocessing.mode == "pad"
+    jax.tree.map(np.testing.assert_array_equal, captioner.params, kept.params)
+
+
+def test_an_older_step_by_number_or_path(run_directory, captioner):
+    older = capjax.load(run_directory, step=3)
+    assert older.step == 3
+    by_path = capjax.load(run_directory / "checkpoints" / "00000003")
+    jax.tree.map(np.testing.assert_array_equal, older.params, by_path.params)
+    heads = [one.params["decoder"]["head"]["kernel"] for one in (older, captioner)]
+    assert np.any(np.asarray(heads[0]) != np.asarray(heads[1]))
+    with pytest.raises(UserError, match=r"step=4: .* has the steps \[3, 12\]"):
+        load(run_directory, step=4)
+
+
+def test_captions_are_those_of_generate(captioner, pictures, pixels):
+    made = generate(captioner.model, captioner.params, pixels, max_length=LENGTH)
+    expected = [captioner.tokenizer.decode(row) for row in np.asarray(made.tokens_BL)]
+    assert len(set(expected)) > 2
+    assert captioner.caption(pictures, batch_size=4) == expected
+    records = captioner.caption_records(pictures, batch_size=4)
+    for row, record in enumerate(records):
+        assert list(record) == [
+            *("key", "caption", "logprob", "num_tokens", "guidance_scale", "seed")
+        ]
+        assert record["key"] == str(row)
+        assert record["caption"] == expected[row]
+        assert record["logprob"] == pytest.approx(float(made.logprobs_BL[row].sum()), abs=1e-4)
+        assert record["num_tokens"] == int(made.num_tokens_B[row])
+        assert (record["guidance_scale"], record["seed"]) == (1.0, 0)
+
+
+def test_sampling_does_not_depend_on_the_batch(captioner, pictures):
+    once = captioner.caption(pictures, temperature=1.0, seed=3, batch_size=16)
+    assert captioner.caption(pictures, temperature=1.0, seed=3, batch_size=4) == once
+    assert captioner.caption(pictures, temperature=1.0, seed=4, batch_size=16) != once
+    cut = captioner.caption_records(pictures, temperature=1.0, seed=3, max_length=2)
+    assert max(record["num_tokens"] for record in cut) == 2
+
+
+def test_kinds_of_images_can_be_mixed(captioner, pictures, tmp_path):
+    def png(picture):
+        file = io.BytesIO()
+        Image.fromarray(picture).save(file, "PNG")
+        return file.getvalue()
+
+    (tmp_path / "a.png").write_bytes(png(pictures[2]))
+    mixed = [pictures[0], Image.fromarray(pictures[1]), tmp_path / "a.png", png(pictures[3])]
+    assert captioner.caption(mixed) == captioner.caption(pictures[:4])
+
+
+def test_an_unreadable_image_costs_no_other_its_caption(captioner, pictures):
+    whole = captioner.caption_records(pictures, temperature=1.0, batch_size=4)
+    broken = [b"junk" if row in (0, 4, 5, 6, 7) else p for row, p in enumerate(pictures)]
+    records = captioner.caption_records(broken, temperature=1.0, batch_size=4)
+    for row, record in enumerate(records):
+        if row in (0, 4, 5, 6, 7):
+            assert record == {"key": str(row), "error": "not an image: 4 bytes of no known format"}
+        else:
+            assert record["caption"] == whole[row]["caption"]
+    for method in (
+        captioner.caption,
+        captioner.encode_image,
+        lambda images: captioner.score(images, ["a"] * len(images)),
+    ):
+        with pytest.raises(UserError, match=r"images\[1\] cannot be read: not an image"):
+            method([pictures[0], b"junk", b"junk"])
+
+
+def test_score_is_the_teacher_forced_sum(captioner, pictures, pixels):
+    captions = ["a red cat", "the sun", "", "two green birds and a dog on a mat, or so"] + ["a"] * 7
+    labels = captioner.tokenizer.encode_batch(captions, LENGTH)
+    model, params = captioner.model, captioner.params
+    inputs = jnp.pad(jnp.asarray(labels), ((0, 0), (1, 0)))[:, :-1]
+    hidden = model.hidden(params, inputs, model.encode(params, pixels), None)
+    logits = model.logits(params, hidden)[..., : model.config.vocab_size]
+    logprobs = np.asarray(jax.nn.log_softmax(logits))
+    chosen = np.take_along_axis(logprobs, labels[..., None], axis=2)[..., 0]
+    expected = np.where(labels > 0, chosen, 0).sum(axis=1)
+    scores = captioner.score(pictures, captions, batch_size=4)
+    assert scores.dtype == np.float32
+    np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_encode_image_is_the_mean_over_patches(captioner, pictures, pixels):
+    patches = captioner.encode_image(pictures, patches=True, batch_size=4)
+    expected = captioner.model.encode(captioner.params, pixels)
+    np.testing.assert_allclose(patches, expected, atol=1e-5)
+    means = captioner.encode_image(pictures, batch_size=4)
+    assert means.shape == (11, 32)
+    np.testing.assert_allclose(means, np.asarray(expected).mean(axis=1), atol=1e-5)
+
+
+def test_uneven_batches_compile_once(captioner, pictures):
+    captioner.caption(pictures[:8], batch_size=8)
+    size = generate_module._generate._cache_size()
+    captioner.caption(pictures[:5], batch_size=8)  # padded to 8
+    captioner.caption(pictures, batch_size=8)
+    assert generate_module._generate._cache_size() == size
+
+
+def test_a_mesh_gives_the_same(run_directory, captioner, pictures):
+    spread = load(run_directory, mesh=make_mesh(MeshShape(data=4, fsdp=2)))
+    for temperature in (0.0, 1.0):
+        expected = captioner.caption(pictures, temperature)
+        assert spread.caption(pictures, temperature) == expected
+    captions = ["a red cat"] * len(pictures)
+    np.testing.assert_allclose(
+        spread.score(pictures, captions), captioner.score(pictures, captions), atol=1e-4
+    )
+    np.testing.assert_allclose(
+        spread.encode_image(pictures), captioner.encode_image(pictures), atol=1e-5
+    )
+
+
+def test_misuse_is_named(captioner, pictures, tmp_path):
+    assert captioner.caption([]) == []
+    for call, message in (
+        (lambda: captioner.caption(pictures, batch_size=0), "batch_size=0"),
+        (lambda: captioner.caption(pictures, seed=-1), "seed=-1"),
+        (lambda: captioner.caption(pictures, max_length=13), "max_length=13"),
+        (lambda: captioner.caption(pictures, max_length=0), "max_length=0"),
+        (lambda: captioner.score(pictures, ["a"]), "11 images for 1 captions"),
+        (lambda: captioner.encode_image([]), "0 images, batch_size=32"),
+        (lambda: load(tmp_path / "none"), "no checkpoint in .*none"),
+    ):
+        with pytest.raises(UserError, match=message):
+            call()
