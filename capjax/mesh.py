@@ -62,7 +62,7 @@ class MeshShape:
     tensor: int = 1
 
     def resolve(self, num_devices: int) -> tuple[int, ...]:
-        """Sizes in the order of `AXES`. Raises `UserError` where their product is another number."""
+        """Sizes in the order of `AXES`; `UserError` where their product is another number."""
         sizes = [getattr(self, axis) for axis in AXES]
         for axis, size in zip(AXES, sizes, strict=True):
             if size != -1 and size < 1:
