@@ -56,7 +56,10 @@ COMMANDS = {
     "data": Command(
         "Look at a data source, or train a tokenizer on its captions.",
         False,
-        ("capjax data inspect --source=emoji:val",),
+        (
+            "capjax data inspect emoji:val --output=page.html",
+            "capjax data tokenizer emoji:train --vocab_size=1000 --output=emoji.model",
+        ),
     ),
     "report": Command(
         "Write the page of a run: curves, and captions beside their images.",
