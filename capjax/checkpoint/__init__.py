@@ -12,8 +12,8 @@ the hashes of those that hold no bulk data, and a digest of every array, taken o
 when they are saved and compared with that of the arrays that were read.
 """
 
-from capjax.checkpoint.checkpointer import Checkpointer
-from capjax.checkpoint.directory import check_disk_space, find_steps, list_steps, step_directory
+from capjax.checkpoint.checkpointer import Checkpointer, check_disk_space
+from capjax.checkpoint.directory import find_steps, list_steps, step_directory
 from capjax.checkpoint.metadata import RunInfo
 from capjax.checkpoint.reading import LoadedCheckpoint, load_params, verify
 

@@ -23,6 +23,7 @@ from capjax.checkpoint.arrays import (
     nested,
     read_arrays,
     state_handler,
+    stored_bytes,
     stored_data,
     stored_struct,
     wrap_keys,
@@ -44,6 +45,7 @@ from capjax.checkpoint.metadata import RunInfo, run_metadata, step_metadata
 from capjax.checkpoint.reading import all_damaged, warn
 from capjax.dims import Array
 from capjax.errors import UserError
+from capjax.training.workdir import require_free_space, write_atomic
 
 State = TypeVar("State")
 Result = TypeVar("Result")
@@ -123,16 +125,19 @@ class Checkpointer:
             arrays = {name: stored_data(leaf) for name, leaf in leaves.items()}
             lanes = digest_lanes(arrays)
             metadata = {**step_metadata(step, leaves, extra), **self._run_metadata}
-            try:
-                partial = partial_directory(self._directory, step)
-                if self._is_primary:
-                    discard_partial(self._directory, step)
-                self._orbax.save(partial / STATE, args=ocp.args.PyTreeSave(nested(arrays)))
-            except Exception as error:
-                self._outcome = (step, error)
-                return
-        self._thread = threading.Thread(target=self._complete, args=(step, metadata, lanes))
-        self._thread.start()
+            error = self._make_room(step, sum(x.nbytes for x in arrays.values()))
+            if not _on_any_process(error is not None):
+                try:
+                    target = partial_directory(self._directory, step) / STATE
+                    self._orbax.save(target, args=ocp.args.PyTreeSave(nested(arrays)))
+                except Exception as trouble:
+                    error = trouble
+                else:
+                    background = functools.partial(self._complete, step, metadata, lanes)
+                    self._thread = threading.Thread(target=background)
+                    self._thread.start()
+                    return
+            self._outcome = (step, error)
 
     def wait(self) -> None:
         """Waits for the save under way. Raises `UserError` where the last save failed."""
@@ -189,6 +194,16 @@ class Checkpointer:
             raise UserError(all_damaged(self._directory, damaged))
         return None
 
+    def _make_room(self, step: int, bytes_needed: int) -> Exception | None:
+        """Removes what a failed save of `step` left; why there is no room for another, if so."""
+        if self._is_primary:
+            try:
+                discard_partial(self._directory, step)
+                require_free_space(self._directory, bytes_needed)
+            except (OSError, UserError) as error:
+                return error
+        return None
+
     def _complete(self, step: int, metadata: Metadata, lanes: Mapping[str, Array]) -> None:
         """In the background: waits for Orbax, writes the rest, makes the checkpoint count."""
         try:
@@ -196,7 +211,7 @@ class Checkpointer:
             if self._is_primary:
                 partial = partial_directory(self._directory, step)
                 if self._tokenizer_model:
-                    (partial / TOKENIZER_FILE).write_bytes(self._tokenizer_model)
+                    write_atomic(partial / TOKENIZER_FILE, self._tokenizer_model)
                 for name, digest in to_hex(lanes).items():
                     metadata["arrays"][name]["digest"] = digest
                 metadata["files"] = files.file_entries(partial)
@@ -235,6 +250,15 @@ class Checkpointer:
         if self._failures >= self._max_failures:
             self.wait()
         return True
+
+
+def check_disk_space(path: str | os.PathLike, abstract_state: Any, keep: int) -> None:
+    """Raises `UserError` where the disk of `path` has no room for the checkpoints to come.
+
+    While a save is under way there is one more than `keep`.
+    """
+    coming = max(1, keep + 1 - len(list_steps(absolute(path))))
+    require_free_space(path, coming * stored_bytes(abstract_state))
 
 
 def _restore(directory: epath.Path, abstract_state: State) -> tuple[State, dict[str, Any]]:

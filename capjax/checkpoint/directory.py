@@ -13,25 +13,20 @@ import contextlib
 import itertools
 import os
 import re
-import shutil
 from pathlib import Path
 
 from etils import epath
 
 from capjax.checkpoint.files import METADATA_FILE
 from capjax.errors import UserError
+from capjax.training.workdir import is_remote
 
 
 def absolute(path: str | os.PathLike) -> epath.Path:
     """An absolute path, as Orbax wants it; `gs://` and the like as they are."""
-    if "://" in os.fspath(path):
+    if is_remote(path):
         return epath.Path(path)
     return epath.Path(Path(path).expanduser().resolve())
-
-
-def renames(path: epath.Path) -> bool:
-    """Whether the store renames a directory at once; elsewhere it is copied file by file."""
-    return "://" not in os.fspath(path)
 
 
 def step_directory(directory: epath.Path, step: int) -> epath.Path:
@@ -42,7 +37,7 @@ def step_directory(directory: epath.Path, step: int) -> epath.Path:
 def partial_directory(directory: epath.Path, step: int) -> epath.Path:
     """Where the checkpoint of `step` is written before it counts."""
     final = step_directory(directory, step)
-    return directory / f"{final.name}.partial" if renames(directory) else final
+    return final if is_remote(directory) else directory / f"{final.name}.partial"
 
 
 def list_steps(directory: epath.Path) -> list[int]:
@@ -50,7 +45,7 @@ def list_steps(directory: epath.Path) -> list[int]:
     if not directory.exists():
         return []
     found = [p for p in directory.iterdir() if re.fullmatch(r"\d{8,}", p.name)]
-    return sorted(int(p.name) for p in found if renames(p) or (p / METADATA_FILE).exists())
+    return sorted(int(p.name) for p in found if not is_remote(p) or (p / METADATA_FILE).exists())
 
 
 def find_steps(path: str | os.PathLike) -> tuple[epath.Path, list[int]]:
@@ -94,7 +89,7 @@ def set_aside(directory: epath.Path, step: int) -> epath.Path:
     final = step_directory(directory, step)
     names = (f"{final.name}.damaged{n}" for n in itertools.chain([""], itertools.count(2)))
     aside = next(path for path in map(directory.__truediv__, names) if not path.exists())
-    if renames(directory):
+    if not is_remote(directory):
         with contextlib.suppress(OSError):  # where nothing can be written, the good is still read
             return final.rename(aside)
     return final
@@ -114,29 +109,9 @@ def discard_partial(directory: epath.Path, step: int) -> None:
     _delete(partial_directory(directory, step))
 
 
-def check_disk_space(path: str | os.PathLike, state_bytes: int, keep: int) -> None:
-    """Raises `UserError` where the disk has no room for the checkpoints that `keep` means.
-
-    `path` is where the checkpoints are to be; it need not exist. While a save is under way there is
-    one more than `keep`. Stores like `gs://` are not asked.
-    """
-    directory = absolute(path)
-    if not renames(directory):
-        return
-    needed = state_bytes * max(1, keep + 1 - len(list_steps(directory)))
-    existing = next(p for p in (directory, *directory.parents) if p.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise UserError(
-            f"too little disk for the checkpoints in {directory}: {needed / 1e6:,.0f} MB needed "
-            f"({state_bytes / 1e6:,.0f} MB each, checkpoint.keep={keep}), {free / 1e6:,.0f} MB "
-            "free; make room, lower checkpoint.keep, or name another workdir"
-        )
-
-
 def _hide(final: epath.Path) -> epath.Path:
     """Makes a checkpoint, if there is one, stop counting at once; returns what is left of it."""
-    if not renames(final):
+    if is_remote(final):
         (final / METADATA_FILE).unlink(missing_ok=True)
         return final
     removed = final.parent / f"{final.name}.removed"

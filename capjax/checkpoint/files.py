@@ -9,6 +9,7 @@ from typing import Any
 from etils import epath
 
 from capjax.errors import UserError
+from capjax.training.workdir import write_atomic
 
 FORMAT_VERSION = 1
 METADATA_FILE = "capjax.json"
@@ -50,9 +51,7 @@ def sha256(content: bytes) -> str:
 
 def write_metadata(directory: epath.Path, metadata: Metadata) -> None:
     """Writes `capjax.json` whole or not at all."""
-    unnamed = directory / f"{METADATA_FILE}.partial"
-    unnamed.write_bytes(_render(metadata))
-    unnamed.rename(directory / METADATA_FILE)
+    write_atomic(directory / METADATA_FILE, _render(metadata))
 
 
 def read_metadata(directory: epath.Path) -> Metadata:
@@ -127,6 +126,8 @@ def first_of(problems: list[str]) -> str:
 def reason(error: BaseException) -> str:
     """An exception in a few words: storage libraries put pages into theirs."""
     text = str(error)
+    if isinstance(error, UserError):
+        return text
     if "No space left" in text:
         return "no space left on the disk"
     if isinstance(error, OSError) and error.strerror:
@@ -135,10 +136,12 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {first[:160]}" if first else type(error).__name__
 
 
-def _is_not_orbax(record: logging.LogRecord) -> bool:
-    return "/orbax/" not in record.pathname
-
-
 def quiet_orbax() -> None:
-    """Keeps Orbax's own log lines and tracebacks off the terminal: capjax reports the errors."""
-    logging.getLogger("absl").addFilter(_is_not_orbax)
+    """Keeps the log lines and tracebacks of Orbax off the terminal: capjax reports the errors."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_not_storage)
+
+
+def _is_not_storage(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    return "/orbax/" not in record.pathname and "OCDBT database" not in str(error)
