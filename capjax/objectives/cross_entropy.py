@@ -1,0 +1,235 @@
+"""Cross entropy behind a linear output layer, without ever holding the (B, L, V) logits.
+
+The logits exist for one chunk of tokens at a time, in float32. Padding tokens are sorted to the
+end and whole chunks of them are skipped, so the work follows the real tokens, not the text length.
+On a mesh each device walks over its own tokens: the kernel is gathered over `fsdp` once, before
+the first chunk, its gradient is summed over the devices once, after the last, and a vocabulary
+split over `tensor` stays split.
+
+Letters beyond `capjax.dims`: T tokens (those of one device, B and L flattened), C tokens of a
+chunk, V here the columns of one device.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from capjax.data.tokenizer import PAD_ID
+from capjax.dims import Array, Float, Int
+from capjax.mesh import BATCH, act_BL, act_BLD, reshard
+
+# More chunks need less memory (about 2 / NUM_CHUNKS of the logits), but make thinner products.
+NUM_CHUNKS = 8
+
+
+class _Settings(NamedTuple):
+    vocab_size: int
+    label_smoothing: float
+    chunk: int | None  # tokens
+    batch_axes: tuple[str, ...] = ()  # the mesh axes over which T is split
+    vocab_axis: str | None = None  # the one over which V is split
+
+
+def token_nll(
+    hidden_BLE: Float[Array, "B L E"],
+    kernel_EV: Float[Array, "E V"],
+    bias_V: Float[Array, "V"],
+    labels_BL: Int[Array, "B L"],
+    *,
+    vocab_size: int,
+    label_smoothing: float = 0.0,
+    chunk: int | None = None,
+) -> Float[Array, "B L"]:
+    """-log p(label) in nats, float32, and 0 where the label is padding (id 0).
+
+    Columns from `vocab_size` on are padding and take no part. With label smoothing s the target is
+    1 - s at the label and s / (vocab_size - 1) at every other id. Products run in the type of
+    `hidden_BLE` and sum in float32. `chunk` is in tokens (default: an eighth of a device's).
+
+    Differentiable for any cotangent: the backward pass computes the logits again, four matrix
+    products in all. Where the weights are known beforehand, `weighted_nll` needs three.
+    """
+    settings = _Settings(vocab_size, label_smoothing, chunk)
+    rows = (labels_BL,)
+    return _per_device(_plain, settings, hidden_BLE, kernel_EV, bias_V, rows)[1]
+
+
+def weighted_nll(
+    hidden_BLE: Float[Array, "B L E"],
+    kernel_EV: Float[Array, "E V"],
+    bias_V: Float[Array, "V"],
+    labels_BL: Int[Array, "B L"],
+    weights_BL: Float[Array, "B L"],
+    *,
+    vocab_size: int,
+    label_smoothing: float = 0.0,
+    chunk: int | None = None,
+) -> tuple[Float[Array, ""], Float[Array, "B L"]]:
+    """(sum of weights * nll, nll_BL), as `token_nll`; the second carries no gradient.
+
+    As the weights are known, the gradients are formed while a chunk's logits are at hand: three
+    matrix products in all.
+    """
+    settings = _Settings(vocab_size, label_smoothing, chunk)
+    rows = (labels_BL, weights_BL)
+    total, nll_BL = _per_device(_weighted, settings, hidden_BLE, kernel_EV, bias_V, rows)
+    return total, lax.stop_gradient(nll_BL)
+
+
+def _per_device(function: Callable, settings: _Settings, hidden_BLE, kernel_EV, bias_V, rows):
+    """`function` on each device's tokens -> (its first result summed over devices, nll_BL)."""
+
+    def flat(settings, hidden_BLE, kernel_EV, bias_V, rows):
+        B, L, E = hidden_BLE.shape
+        hidden_TE, rows_T = hidden_BLE.reshape(-1, E), [row.reshape(-1) for row in rows]
+        total, nll_T = function(settings, hidden_TE, kernel_EV, bias_V, *rows_T)
+        return total, nll_T.reshape(B, L)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return flat(settings, hidden_BLE, kernel_EV, bias_V, rows)
+    splits = mesh.shape["tensor"]
+    vocab_axis = "tensor" if splits > 1 and bias_V.shape[0] % splits == 0 else None
+    settings = settings._replace(batch_axes=BATCH, vocab_axis=vocab_axis)
+
+    def device(hidden_BLE, kernel_EV, bias_V, rows):
+        # These casts transpose to the sums over devices: one each, outside the walk over chunks.
+        kernel_EV, bias_V = _varying((kernel_EV, bias_V), BATCH)
+        if vocab_axis:
+            hidden_BLE = _varying(hidden_BLE, (vocab_axis,))
+        total, nll_BL = flat(settings, hidden_BLE, kernel_EV, bias_V, rows)
+        return lax.psum(total, BATCH), nll_BL
+
+    specs = (act_BLD, P(None, vocab_axis), P(vocab_axis), tuple(act_BL for _ in rows))
+    arguments = jax.tree.map(reshard, (hidden_BLE, kernel_EV, bias_V, rows), specs)
+    return jax.shard_map(device, in_specs=specs, out_specs=(P(), act_BL))(*arguments)
+
+
+def _varying(tree, axes: tuple[str, ...]):
+    """`tree`, the same on all devices along `axes`, typed as free to differ (inside shard_map)."""
+    return jax.tree.map(lambda x: lax.pcast(x, axes, to="varying"), tree)
+
+
+def _plain(settings: _Settings, hidden_TE, kernel_EV, bias_V, labels_T):
+    return None, _nll(settings, hidden_TE, kernel_EV, bias_V, labels_T)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _nll(settings: _Settings, hidden_TE, kernel_EV, bias_V, labels_T):
+    return _walk(settings, hidden_TE, kernel_EV, bias_V, labels_T)
+
+
+def _nll_forward(settings, *arguments):
+    return _nll(settings, *arguments), arguments
+
+
+def _nll_backward(settings, arguments, cotangent_T):
+    _, gradients = _walk(settings, *arguments, weights_T=cotangent_T)
+    return *gradients, None
+
+
+_nll.defvjp(_nll_forward, _nll_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _weighted(settings: _Settings, hidden_TE, kernel_EV, bias_V, labels_T, weights_T):
+    nll_T = _walk(settings, hidden_TE, kernel_EV, bias_V, labels_T)
+    return jnp.sum(weights_T * nll_T), nll_T
+
+
+def _weighted_forward(settings, *arguments):
+    nll_T, gradients = _walk(settings, *arguments)
+    return (jnp.sum(arguments[-1] * nll_T), nll_T), (*gradients, nll_T)
+
+
+def _weighted_backward(settings, residuals, cotangents):
+    *gradients, nll_T = ((cotangents[0] * x).astype(x.dtype) for x in residuals)
+    return *gradients, None, nll_T
+
+
+_weighted.defvjp(_weighted_forward, _weighted_backward)
+
+
+def _walk(settings: _Settings, hidden_TE, kernel_EV, bias_V, labels_T, weights_T=None):
+    """nll_T, a chunk of real tokens at a time; with weights also sum(weights * nll)'s gradients.
+
+    The gradients: hidden in its own type, kernel and bias in float32; all of this device alone.
+    """
+    T, E = hidden_TE.shape
+    size = settings.chunk or -(-T // NUM_CHUNKS)
+    num_chunks = -(-T // size)
+    is_pad_T = labels_T == PAD_ID
+    order_T = jnp.argsort(is_pad_T, stable=True)  # real tokens first
+    order_XC = jnp.pad(order_T, (0, num_chunks * size - T)).reshape(num_chunks, size)
+    num_real = T - jnp.sum(is_pad_T)
+    num_live = -(-num_real // size)
+    if settings.vocab_axis:  # chunks hold collectives, so all devices walk equally far
+        num_live = lax.pmax(num_live, settings.batch_axes)
+    kernel_EV = kernel_EV.astype(hidden_TE.dtype)
+
+    def one_chunk(i, carry):
+        rows_C = order_XC[i]
+        is_real_C = i * size + jnp.arange(size) < num_real
+        hidden_CE = hidden_TE[rows_C]
+        nll_C, slope_CV = _chunk(settings, hidden_CE, kernel_EV, bias_V, labels_T[rows_C])
+        nll_XC = carry[0].at[i].set(jnp.where(is_real_C, nll_C, 0))
+        if weights_T is None:
+            return (nll_XC,)
+        _, hidden_XCE, d_kernel_EV, d_bias_V = carry
+        slope_CV *= jnp.where(is_real_C, weights_T[rows_C], 0)[:, None]
+        d_bias_V += slope_CV.sum(0)
+        slope_CV = slope_CV.astype(hidden_TE.dtype)
+        hidden_XCE = hidden_XCE.at[i].set(slope_CV @ kernel_EV.T)
+        return nll_XC, hidden_XCE, d_kernel_EV + _matmul(hidden_CE.T, slope_CV), d_bias_V
+
+    carry = _varying((jnp.zeros(order_XC.shape),), settings.batch_axes)
+    if weights_T is not None:
+        zeros = (
+            jnp.zeros((*order_XC.shape, E), hidden_TE.dtype),
+            jnp.zeros(kernel_EV.shape),
+            jnp.zeros(bias_V.shape),
+        )
+        carry += _varying(zeros, (*settings.batch_axes, *filter(None, [settings.vocab_axis])))
+    nll_XC, *gradients = lax.fori_loop(0, num_live, one_chunk, carry)
+    place_T = jnp.zeros_like(order_T).at[order_T].set(jnp.arange(T))  # undoes the sort
+    nll_T = nll_XC.reshape(-1)[place_T]
+    if weights_T is None:
+        return nll_T
+    hidden_XCE, *others = gradients
+    return nll_T, (hidden_XCE.reshape(-1, E)[place_T], *others)
+
+
+def _chunk(settings: _Settings, hidden_CE, kernel_EV, bias_V, labels_C):
+    """nll_C and its derivative in the logits, slope_CV = probabilities - targets."""
+    V = bias_V.shape[0]
+    axis = settings.vocab_axis
+
+    def over_vocab(x):
+        return lax.psum(x, axis) if axis else x
+
+    column_V = jnp.arange(V) + (V * lax.axis_index(axis) if axis else 0)
+    is_real_V = column_V < settings.vocab_size
+    is_label_CV = labels_C[:, None] == column_V[None, :]
+    logits_CV = _matmul(hidden_CE, kernel_EV) + jnp.where(is_real_V, bias_V, -jnp.inf)[None, :]
+    max_C = logits_CV.max(1)
+    max_C = lax.pmax(max_C, axis) if axis else max_C
+    logsumexp_C = max_C + jnp.log(over_vocab(jnp.exp(logits_CV - max_C[:, None]).sum(1)))
+    slope_CV = jnp.exp(logits_CV - logsumexp_C[:, None])
+    label_logit_C = over_vocab(jnp.where(is_label_CV, logits_CV, 0).sum(1))
+    if not settings.label_smoothing:
+        return logsumexp_C - label_logit_C, slope_CV - is_label_CV
+    off = settings.label_smoothing / (settings.vocab_size - 1)
+    on = 1 - settings.label_smoothing
+    sum_C = over_vocab(jnp.where(is_real_V[None, :], logits_CV, 0).sum(1))
+    nll_C = logsumexp_C - (on - off) * label_logit_C - off * sum_C
+    target_CV = jnp.where(is_label_CV, on, jnp.where(is_real_V, off, 0)[None, :])
+    return nll_C, slope_CV - target_CV
+
+
+def _matmul(a, b):
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
