@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import capjax
+from capjax.commands import runtime
 from capjax.errors import UserError, did_you_mean
 
 
@@ -110,7 +111,11 @@ def parse(name: str, module, argv: list[str]) -> argparse.Namespace:
     `--config.a.b=v` flags go to `args.overrides` as `a.b=v`, for commands that have a config.
     """
     argv, overrides = _take_overrides(argv)
-    args = make_parser(name, module).parse_args(argv)
+    devices = _Parser(prog=f"capjax {name}", add_help=False, allow_abbrev=False)
+    if COMMANDS[name].computes:  # first, as a subcommand's parser would not know them
+        runtime.add_arguments(devices)
+    found, argv = devices.parse_known_args(argv)
+    args = make_parser(name, module).parse_args(argv, found)
     if overrides and not hasattr(args, "config"):
         raise UserError(f"capjax {name} reads no config, but got {PREFIX}{overrides[0]}; remove it")
     args.overrides = overrides
@@ -129,8 +134,6 @@ def make_parser(name: str, module) -> argparse.ArgumentParser:
     )
     module.add_arguments(parser)
     if command.computes:
-        from capjax.commands import runtime  # here, as the other commands need no devices
-
         runtime.add_arguments(parser)
     parser.add_argument("--verbose", action="store_true", help="show the traceback of an error")
     return parser

@@ -1,9 +1,9 @@
 """The command line: fast help, one line for an error, the exit status, and overrides."""
 
 import importlib
+import resource
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -50,12 +50,12 @@ def test_help_imports_nothing_heavy(command_line):
 
 def test_help_answers_at_once():
     def seconds():
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert run_capjax("--help").returncode == 0
-        return time.perf_counter() - start
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    # The least of five: other work on the machine can only add. An idle machine needs 0.1 s; the
-    # bar of 0.3 s would be missed at once by any import that the test above forbids.
+    # Of the processor, not of the wall: the other tests take turns with this one.
     assert min(seconds() for _ in range(5)) < 0.3
 
 
@@ -153,6 +153,13 @@ def test_overrides_reach_a_command_with_a_config(command):
     line = ["report", "--config.a.b=1=2", "--config=c", "--config.d", "-3", "--config.e="]
     assert cli.main(line) == 0
     assert seen == [("c", ["a.b=1=2", "d=-3", "e="])]
+
+
+def test_device_flags_may_stand_anywhere():
+    module = importlib.import_module("capjax.commands.checkpoint")
+    for line in (["--platform=cpu", "verify", "x"], ["verify", "x", "--platform", "cpu"]):
+        assert cli.parse("checkpoint", module, line).platform == "cpu"
+    assert cli.parse("checkpoint", module, ["verify", "x"]).platform is None
 
 
 def test_a_closed_pipe_is_no_traceback():
