@@ -146,11 +146,14 @@ def read_arrays(
     args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
     try:
         restored = named_leaves(state_handler().restore(directory / STATE, args=args))
-        return {name: restored[name] for name in wanted}
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise  # this machine's trouble, not the checkpoint's
     except Exception as error:  # KeyError, JSONDecodeError, ValueError, ...: as the bytes fall
         raise Damage(f"{STATE}/ cannot be read: {reason(error)}") from error
+    for name in wanted:  # Orbax leaves an array that it does not know as it was asked for
+        if not isinstance(restored.get(name), Array):
+            raise Damage(f"{STATE}/ lacks {name}")
+    return {name: restored[name] for name in wanted}
 
 
 def digest_problems(arrays: Mapping[str, Array], entries: Mapping[str, Any]) -> list[str]:

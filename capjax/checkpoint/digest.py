@@ -17,6 +17,8 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from capjax.dims import Array
 
@@ -31,12 +33,23 @@ def digest_lanes(arrays: Mapping[str, Array]) -> dict[str, Array]:
     The arrays hold numbers or booleans; of a typed PRNG key pass `jax.random.key_data`. One small
     program a shape, as compiling those is quicker than compiling one large one for the whole tree.
     """
-    return {name: _lanes(x) for name, x in arrays.items()}
+    lanes = {}
+    for name, x in arrays.items():
+        with jax.set_mesh(_mesh(x)):  # arrays may lie elsewhere than on the mesh that is set
+            lanes[name] = _lanes(x)
+    return lanes
 
 
 def to_hex(lanes: Mapping[str, Array]) -> dict[str, str]:
     """Name -> 16 hexadecimal digits. Waits for the devices."""
     return {name: f"{a:08x}{b:08x}" for name, (a, b) in jax.device_get(dict(lanes)).items()}
+
+
+def _mesh(x: Array) -> Mesh:
+    """The mesh of an array, or the empty one."""
+    if isinstance(x.sharding, NamedSharding) and isinstance(x.sharding.mesh, Mesh):
+        return x.sharding.mesh
+    return Mesh(np.empty((), object), ())
 
 
 @jax.jit

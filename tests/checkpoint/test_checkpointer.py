@@ -284,24 +284,14 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-# TensorStore tells the event loop, closed on the first error, of the others.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("is_foreseen", [True, False])
-def test_a_full_disk(
-    is_foreseen, small_disk, monkeypatch, caplog, state_of, abstract, open_checkpointer
-):
-    """Seen before the first byte is written, or when the write fails, as under a quota."""
+def test_a_full_disk_is_foreseen(small_disk, caplog, state_of, abstract, open_checkpointer):
     state = state_of(1, large=2**15)  # 1.5 MiB with its moments
     ours = open_checkpointer(small_disk)
     for step in (10, 20):
         ours.save(step, state, {"examples_seen": 0})
         ours.wait()
-    with monkeypatch.context() as patch:
-        if not is_foreseen:
-            patch.setattr(checkpointer, "require_free_space", lambda *args: None)
-        ours.save(30, state, {"examples_seen": 0})
-    why = r"MB needed on disk, .* free" if is_foreseen else r"no space left on the disk"
-    with pytest.raises(UserError, match=rf"step 30 .*{why}.*step 20 is kept"):
+    ours.save(30, state, {"examples_seen": 0})
+    with pytest.raises(UserError, match=r"step 30 .* MB needed on disk, .* step 20 is kept"):
         ours.wait()
     assert sorted(path.name for path in small_disk.iterdir()) == ["00000010", "00000020"]
     assert verify(small_disk, 20) == []
@@ -313,6 +303,40 @@ def test_a_full_disk(
     ours.wait()
     assert list_steps(small_disk) == [20, 40]
     assert caplog.records == []
+
+
+# In a process of its own, as TensorStore goes on to tell a closed event loop of its errors.
+FILLER = """
+import shutil, sys
+import jax.numpy as jnp
+from capjax.checkpoint import Checkpointer, RunInfo, checkpointer
+from capjax.errors import UserError
+checkpointer.require_free_space = lambda *args: None
+state = {"params": {"a": jnp.ones((1000, 250)), "b": jnp.ones((1000, 250))}, "step": jnp.int32(0)}
+ours = Checkpointer(sys.argv[1], RunInfo())
+for step in (10, 20, 30):
+    ours.save(step, state, {"examples_seen": 0})
+    try:
+        ours.wait()
+    except UserError as error:
+        print(error)
+shutil.rmtree(sys.argv[1] + "/00000010")
+ours.save(40, state, {"examples_seen": 0})
+ours.close()
+"""
+
+
+def test_a_full_disk_that_only_the_write_meets(small_disk):
+    """As under a quota. The earlier checkpoints stay good, and later ones can be written."""
+    done = subprocess.run(
+        [sys.executable, "-c", FILLER, str(small_disk)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert "step 30 could not be saved" in line
+    assert "(no space left on the disk), failure 1 of 3 in a row; step 20 is kept" in line
+    assert sorted(path.name for path in small_disk.iterdir()) == ["00000020", "00000040"]
+    assert verify(small_disk, 20) == verify(small_disk, 40) == []
 
 
 def test_a_directory_that_cannot_be_made(tmp_path, open_checkpointer):
