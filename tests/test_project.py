@@ -127,10 +127,10 @@ def test_the_repository_names_no_machine_and_no_registry():
 
 
 def test_the_check_above_sees_what_it_should_too():
-    for path in ("/root/x", "/home/ann/x", "cd /work/x", '"/tmp/v1/bin"'):
-        assert MACHINE_PATHS.search(path), path
-    for path in ("/usr/bin/chromium", "a/work/x", "runs/root/x", "/tmp"):
-        assert not MACHINE_PATHS.search(path), path
+    for path in ("/root", "/home/ann", "cd /work", '"/tmp/v1'):
+        assert MACHINE_PATHS.search(f"{path}/x"), path
+    for path in ("/usr/bin/chromium", "a/work", "runs/root", ""):
+        assert not MACHINE_PATHS.search(f"{path}/x"), path
 
 
 def blocks(language: str) -> list[str]:
