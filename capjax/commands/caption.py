@@ -1,6 +1,7 @@
 """`capjax caption`: captions of a folder, an image or a dataset split, as JSON lines."""
 
 import argparse
+import itertools
 import json
 import os
 import time
@@ -62,36 +63,42 @@ def run(args: argparse.Namespace) -> None:
     from capjax.commands import runtime
 
     runtime.start(args)
-    from capjax.decoding.inputs import read_ahead
+    from capjax.decoding.inputs import example_reader, read_ahead
     from capjax.decoding.load import load
     from capjax.training.progress import Progress
 
     mesh = _local_mesh(args.batch_size)
     captioner = load(args.checkpoint, args.step, mesh)
     count = min(len(source), args.limit or len(source))
-    begin, num_bad, first_bad = time.monotonic(), 0, ""
-    partial = output.with_name(output.name + ".partial")
+    if not count:
+        raise UserError(f"--input={args.input} has no examples; name a source that has some")
+    read = example_reader(source, captioner.pixels)
     records = captioner.stream(
-        read_ahead(_reader(source, captioner), range(count), ahead=2 * args.batch_size),
+        read_ahead(read, range(count), ahead=2 * args.batch_size),
         temperature=args.temperature,
         seed=args.seed,
         max_length=args.max_length,
         batch_size=args.batch_size,
     )
+    num_bad, first_bad = 0, ""
+    partial = output.with_name(output.name + ".partial")
     with Progress() as progress, partial.open("w", encoding="utf-8") as file:
-        for done, record in enumerate(records, 1):
+        with progress.doing("compiling, first batch"):
+            first = next(records)
+        begin = time.monotonic()
+        for done, record in enumerate(itertools.chain([first], records), 1):
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             if "error" in record:
                 num_bad += 1
                 first_bad = first_bad or f"{record['key']}: {record['error']}"
-            rate = done / (time.monotonic() - begin)
-            progress.show(f"{done}/{count} images  {rate:.4g} captions/s")
+            if done > args.batch_size and done % args.batch_size == 0:  # they come in batches
+                rate = (done - args.batch_size) / (time.monotonic() - begin)
+                progress.show(f"{done}/{count} images  {rate:.4g} captions/s")
     partial.replace(output)
     if num_bad == count:
         raise UserError(f"none of the {count} images in {args.input} can be read ({first_bad})")
     bad = f"; {num_bad} cannot be read (first: {first_bad})" if num_bad else ""
-    rate = count / (time.monotonic() - begin)
-    print(f"{count - num_bad} captions in {output}, {rate:.4g} images/s{bad}")
+    print(f"{count - num_bad} captions in {output}{bad}")
 
 
 def _checked_output(name: str) -> Path:
@@ -116,23 +123,3 @@ def _local_mesh(batch_size: int):
     mesh = make_mesh(MeshShape(), devices=jax.local_devices())
     check_batch_size(batch_size, mesh, "--batch_size")
     return mesh
-
-
-def _reader(source, captioner):
-    """Example i -> the start of its record, and its pixels or why there are none."""
-    from capjax.data.images import ImageError
-    from capjax.data.records import CorruptRecord
-
-    def read(index: int):
-        try:
-            example = source[index]
-        except CorruptRecord as error:
-            keys = getattr(source, "keys", None)  # the files of a directory; shards have none
-            key = keys[index] if keys else f"{Path(error.shard).name}:{error.index}"
-            return {"key": key}, ImageError("unreadable record", error.reason)
-        about = {"key": example.key}
-        if example.captions:
-            about["references"] = [caption.text for caption in example.captions]
-        return about, captioner.pixels(example.image)
-
-    return read

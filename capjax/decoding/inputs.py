@@ -5,12 +5,14 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from capjax.data.images import ImageError, ImagePreprocessing, decode_image, to_rgb
+from capjax.data.records import CorruptRecord
+from capjax.data.sources import Source
 
 ImageLike = np.ndarray | Image.Image | str | os.PathLike | bytes
 T = TypeVar("T")
@@ -49,6 +51,27 @@ def _array_to_rgb(image: np.ndarray) -> np.ndarray:
     if channels == 3:
         return image
     return to_rgb(Image.fromarray(image if channels == 4 else image.reshape(image.shape[:2])))
+
+
+def example_reader(source: Source, pixels: Callable[[bytes], np.ndarray | ImageError]) -> Callable:
+    """A function from the index of an example to (start of its record, its pixels or the reason).
+
+    The record starts with `key`, and has `references` where the example has captions.
+    """
+
+    def read(index: int) -> tuple[dict[str, Any], np.ndarray | ImageError]:
+        try:
+            example = source[index]
+        except CorruptRecord as error:
+            keys = getattr(source, "keys", None)  # a directory knows its files, shards do not
+            key = keys[index] if keys else f"{Path(error.shard).name}:{error.index}"
+            return {"key": key}, ImageError("unreadable record", error.reason)
+        about: dict[str, Any] = {"key": example.key}
+        if example.captions:
+            about["references"] = [caption.text for caption in example.captions]
+        return about, pixels(example.image)
+
+    return read
 
 
 def read_ahead(read: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:

@@ -99,6 +99,17 @@ def test_first_tokens_are_drawn_from_the_softmax(model, params, images):
     assert ((counts - expected) ** 2 / expected).sum() < 43.8
 
 
+def test_each_position_draws_anew(model, params, images):
+    """A flat distribution over 19 ids: 264 neighbours, 14 of them equal on average."""
+    head = jax.tree.map(jnp.zeros_like, params["decoder"]["head"])
+    flat = {**params, "decoder": {**params["decoder"], "head": head}}
+    made = generate(
+        model, flat, images, max_length=LENGTH, temperature=0.8, min_length=model.config.text_length
+    )
+    tokens = np.asarray(made.tokens_BL)
+    assert np.sum(tokens[:, 1:] == tokens[:, :-1]) < 40
+
+
 def test_draws_depend_on_seed_and_index_only(model, params, images, sampled):
     rows = np.array([5, 0, 17, 5])
     run = functools.partial(
