@@ -16,7 +16,7 @@ import jax
 from jaxtyping import Bool, Float, Int, PRNGKeyArray, UInt, UInt8
 
 Array = jax.Array
-Params = dict  # nested dict of arrays, keyed by names; the leaves of one stack carry a leading X axis
+Params = dict  # nested dict of arrays by name; the leaves of one stack lead with an X axis
 Batch = dict  # name -> array with leading axis B
 Metrics = dict  # name -> scalar array
 
