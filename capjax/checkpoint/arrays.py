@@ -53,6 +53,11 @@ def stored_data(leaf: Array) -> Array:
     return jax.random.key_data(leaf) if is_key(leaf) else leaf
 
 
+def _stored_shape(leaf: Any) -> Any:
+    """The same of an abstract leaf. (Tracing is slow: only a key needs it.)"""
+    return jax.eval_shape(jax.random.key_data, leaf) if is_key(leaf) else leaf
+
+
 def wrap_keys(arrays: Mapping[str, Array], entries: Mapping[str, Any]) -> dict[str, Array]:
     """The inverse of `stored_data`, by what the metadata says of each array."""
     return {
@@ -65,7 +70,7 @@ def wrap_keys(arrays: Mapping[str, Array], entries: Mapping[str, Any]) -> dict[s
 
 def array_entry(leaf: Any) -> dict[str, Any]:
     """What the metadata says of a leaf, concrete or abstract, besides its digest."""
-    data = jax.eval_shape(stored_data, leaf)
+    data = _stored_shape(leaf)
     entry = {"shape": list(data.shape), "dtype": str(data.dtype)}
     if is_key(leaf):
         entry["key"] = str(leaf.dtype)
@@ -99,7 +104,7 @@ def _kind(entry: Mapping[str, Any]) -> str:
 
 def stored_struct(leaf: Any) -> jax.ShapeDtypeStruct:
     """Shape, dtype and sharding with which a leaf's stored data is to be restored."""
-    data = jax.eval_shape(stored_data, leaf)
+    data = _stored_shape(leaf)
     return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=_concrete_sharding(leaf))
 
 
@@ -114,7 +119,7 @@ def _concrete_sharding(leaf: Any) -> Sharding:
 
 def stored_bytes(tree: Any) -> int:
     """Size of a state's stored arrays."""
-    structs = [jax.eval_shape(stored_data, leaf) for leaf in jax.tree.leaves(tree)]
+    structs = [_stored_shape(leaf) for leaf in jax.tree.leaves(tree)]
     return sum(struct.size * struct.dtype.itemsize for struct in structs)
 
 

@@ -13,11 +13,12 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
+import capjax
 from capjax.checkpoint.arrays import array_entry
 from capjax.checkpoint.files import FORMAT_VERSION, Metadata, sha256
 from capjax.dims import Array
 
-LIBRARIES = ("capjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,11 @@ def run_metadata(run: RunInfo) -> Metadata:
         "config": dict(run.config),
         "preprocessing": dict(run.preprocessing),
         "tokenizer_sha256": sha256(model) if model else None,
-        "versions": {**versions, "python": platform.python_version()},
+        "versions": {
+            "capjax": capjax.__version__,
+            **versions,
+            "python": platform.python_version(),
+        },
         "git_commit": _git_commit(),
     }
 
