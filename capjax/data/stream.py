@@ -12,7 +12,6 @@ import numpy as np
 from capjax.data.images import ImageError
 from capjax.data.records import CorruptRecord
 from capjax.data.transforms import NoCaption
-from capjax.errors import UserError
 
 _MASK = (1 << 64) - 1
 _ROUNDS = 8
@@ -72,7 +71,3 @@ def bad_reason(error: CorruptRecord | ImageError | NoCaption) -> str:
     if isinstance(error, ImageError):
         return error.reason
     return "unreadable record" if isinstance(error, CorruptRecord) else "no caption"
-
-
-class DataError(UserError):
-    """So many records cannot be used that the source itself must be wrong."""

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from capjax.data import pipeline
+from capjax.data.batches import DecodedImages
 from capjax.data.images import ImagePreprocessing
 from capjax.data.pipeline import DataError, Reading, eval_batches, synthetic_batches, train_batches
 from capjax.data.records import ArrayRecordSource, Caption, CorruptRecord, Example, write_shards
@@ -186,7 +187,7 @@ def test_processes_make_the_rows_of_the_same_global_batches(process_count):
 def test_a_restart_anywhere_with_any_batch_size_goes_on_alike(start, batch_size):
     taken = take(stream(Source(50), start=start, batch_size=batch_size), 12 // batch_size + 1)
     stop = start + len(taken["position"])
-    assert_same(taken, {name: x[start:stop] for name, x in reference(20).items()})
+    assert_same(taken, {name: x[start:stop] for name, x in reference(21).items()})
 
 
 def test_worker_processes_do_not_change_the_stream_or_the_count(shards):
@@ -271,7 +272,7 @@ def test_a_source_with_nothing_usable_stops_at_once(reading):
 
 def test_the_cache_is_dropped_for_a_source_that_is_larger():
     source = Source(200)
-    cached = pipeline._Images(source, 1)
+    cached = DecodedImages(source, 1)
     cached._room = 10 * SIZE * SIZE * 3  # room for ten images
     for i in range(9):
         cached.read(i)

@@ -1,0 +1,213 @@
+"""Making batches and counting what could not be used: the work behind `capjax.data.pipeline`.
+
+A maker turns the number of a global batch into this process's rows of it, and is a pure function;
+`Batches` hands them on and stops the run where too much is bad.
+"""
+
+import contextlib
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from capjax.data.images import ImageError, ImagePreprocessing, decode_image
+from capjax.data.records import CorruptRecord, Example
+from capjax.data.sources import Source
+from capjax.data.stream import bad_reason, example_index, position_rng, substitute_index
+from capjax.data.tokenizer import Tokenizer
+from capjax.data.transforms import (
+    Augment,
+    CaptionChoice,
+    NoCaption,
+    augment_image,
+    choose_caption,
+    first_caption,
+)
+from capjax.errors import UserError
+
+HostBatch = dict[str, np.ndarray]
+_BAD = "_bad"  # the batch's bad records, taken out before the batch is handed on
+_MAX_ATTEMPTS = 16
+_MIN_SEEN = 200  # the share of bad records means nothing before
+_MAX_LISTED = 10_000
+
+
+class DataError(UserError):
+    """So many records cannot be used that the source itself must be wrong."""
+
+
+class BadRecord(NamedTuple):
+    """One example that could not be used: its place in the stream and in the source, and why."""
+
+    position: int
+    index: int
+    reason: str
+    detail: str
+
+
+class Batches:
+    """An iterator of batches that counts what could not be used. Close it, or use it in `with`.
+
+    `bad`: reason -> number; `bad_records`: the first 10 000 of them; `seen`: positions delivered.
+    Only what was delivered counts, not what was made ahead. Raises `DataError` once more than
+    `bad_budget` of at least 200 positions were bad.
+    """
+
+    def __init__(self, batches: Iterator[dict[str, Any]], bad_budget: float, source: str) -> None:
+        self._batches = batches
+        self._bad_budget = bad_budget
+        self._source = source
+        self.bad: Counter[str] = Counter()
+        self.bad_records: list[BadRecord] = []
+        self.seen = 0
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> HostBatch:
+        batch = next(self._batches)
+        bad = [BadRecord(*record) for record in batch.pop(_BAD)]
+        self.seen += len(batch["image"])
+        self.bad.update(record.reason for record in bad)
+        self.bad_records += bad[: _MAX_LISTED - len(self.bad_records)]
+        total = self.bad.total()
+        if self.seen >= _MIN_SEEN and total > self._bad_budget * self.seen:
+            reasons = ", ".join(f"{reason} {count}" for reason, count in self.bad.most_common())
+            first = self.bad_records[0]
+            raise DataError(
+                f"{total} of {self.seen} examples cannot be used, more than bad_budget="
+                f"{self._bad_budget}: {reasons}; the first is example {first.index} of "
+                f"{self._source}: {first.detail}; mend the source or raise the budget"
+            )
+        return batch
+
+    def close(self) -> None:
+        """Ends the threads and worker processes."""
+        close = getattr(self._batches, "close", None)
+        if close is not None:
+            close()
+
+    def __enter__(self) -> "Batches":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class DecodedImages:
+    """Examples with their decoded image, from a source; kept while they all fit into the limit."""
+
+    def __init__(self, source: Source, megabytes: int) -> None:
+        self.source = source
+        self._limit = self._room = megabytes << 20
+        self._kept: dict[int, tuple[Example, np.ndarray]] = {}
+
+    def read(self, index: int) -> tuple[Example, np.ndarray]:
+        """The example without its bytes, and uint8 [H, W, 3]. Raises as the source and decoder."""
+        kept = self._kept.get(index)
+        if kept is not None:
+            return kept
+        example = self.source[index]
+        pair = example._replace(image=b""), decode_image(example.image)
+        if self._room > 0:  # threads may both add an image: it is counted twice, never wrong
+            self._kept[index] = pair
+            self._room -= pair[1].nbytes
+            if self._room <= 0:
+                self._kept = {}
+        return pair
+
+    def __getstate__(self) -> tuple[Source, int]:
+        return self.source, self._limit >> 20
+
+    def __setstate__(self, state: tuple[Source, int]) -> None:
+        self.__init__(*state)
+
+
+@dataclasses.dataclass(frozen=True)
+class Maker:
+    """Makes this process's rows of a global batch from its number. Picklable."""
+
+    images: DecodedImages
+    tokenizer: Tokenizer
+    preprocessing: ImagePreprocessing
+    captions: CaptionChoice
+    text_length: int
+    batch_size: int
+    first_row: int
+    num_rows: int
+
+    def empty_images(self) -> np.ndarray:
+        size = self.preprocessing.image_size
+        return np.zeros((self.num_rows, size, size, 3), np.uint8)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainMaker(Maker):
+    augment: Augment
+    seed: int
+    start: int
+
+    def __call__(self, step: int) -> dict[str, Any]:
+        first = self.start + step * self.batch_size + self.first_row
+        batch_images, texts, bad = self.empty_images(), [], []
+        for row in range(self.num_rows):
+            batch_images[row], text = self._pair(first + row, bad)
+            texts.append(text)
+        positions = (first + np.arange(self.num_rows, dtype=np.uint64)).astype(np.uint32)
+        return {
+            "image": batch_images,
+            "tokens": self.tokenizer.encode_batch(texts, self.text_length),
+            "position": positions,
+            _BAD: bad,
+        }
+
+    def _pair(self, position: int, bad: list[BadRecord]) -> tuple[np.ndarray, str]:
+        """The image and text at a position; what could not be used on the way is added to `bad`."""
+        num_examples = len(self.images.source)
+        index = example_index(self.seed, position, num_examples)
+        for attempt in range(1, _MAX_ATTEMPTS + 1):
+            try:
+                example, image = self.images.read(index)
+                rng = position_rng(self.seed, position)
+                text = choose_caption(example, self.captions, rng)
+                return augment_image(image, text, self.preprocessing, self.augment, rng), text
+            except (CorruptRecord, ImageError, NoCaption) as error:
+                bad.append(BadRecord(position, index, bad_reason(error), str(error)))
+                index = substitute_index(self.seed, position, attempt, num_examples)
+        raise DataError(
+            f"{_MAX_ATTEMPTS} examples in a row cannot be used at position {position} of "
+            f"{self.images.source!r}; the last: {bad[-1].detail}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalMaker(Maker):
+    num_examples: int  # of the source's, evenly spread
+
+    def __call__(self, step: int) -> dict[str, Any]:
+        first = step * self.batch_size + self.first_row
+        batch_images, bad = self.empty_images(), []
+        texts = [""] * self.num_rows
+        index = np.zeros(self.num_rows, np.int32)
+        mask = np.zeros(self.num_rows, np.bool_)
+        for row in range(min(self.num_rows, self.num_examples - first)):
+            i = (first + row) * len(self.images.source) // self.num_examples
+            index[row] = i
+            try:
+                example, image = self.images.read(i)
+                batch_images[row] = self.preprocessing.preprocess(image)
+            except (CorruptRecord, ImageError) as error:
+                bad.append(BadRecord(first + row, i, bad_reason(error), str(error)))
+                continue
+            mask[row] = True
+            with contextlib.suppress(NoCaption):
+                texts[row] = first_caption(example, self.captions)
+        return {
+            "image": batch_images,
+            "tokens": self.tokenizer.encode_batch(texts, self.text_length),
+            "mask": mask,
+            "index": index,
+            _BAD: bad,
+        }
