@@ -13,12 +13,11 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
-import capjax
 from capjax.checkpoint.arrays import array_entry
 from capjax.checkpoint.files import FORMAT_VERSION, Metadata, sha256
 from capjax.dims import Array
 
-LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+LIBRARIES = ("capjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,16 +32,11 @@ class RunInfo:
 def run_metadata(run: RunInfo) -> Metadata:
     """The part that a whole run shares."""
     model = run.tokenizer_model
-    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     return {
         "config": dict(run.config),
         "preprocessing": dict(run.preprocessing),
         "tokenizer_sha256": sha256(model) if model else None,
-        "versions": {
-            "capjax": capjax.__version__,
-            **versions,
-            "python": platform.python_version(),
-        },
+        "versions": {"python": platform.python_version(), **{k: _version(k) for k in LIBRARIES}},
         "git_commit": _git_commit(),
     }
 
@@ -67,6 +61,14 @@ def _mesh_shape(leaves: Mapping[str, Array]) -> dict[str, int]:
         if isinstance(leaf.sharding, NamedSharding):
             return dict(leaf.sharding.mesh.shape)
     return {}
+
+
+def _version(name: str) -> str | None:
+    """None for what is on the path without being installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _git_commit() -> str | None:

@@ -10,13 +10,13 @@ import pytest
 from capjax.checkpoint import load_params
 from capjax.errors import UserError
 
-# As in the README, with the path of the test in the place of its own.
+# As in the README.
 PLAIN_JAX = """
-import jax, numpy as np, orbax.checkpoint as ocp
-reader = ocp.PyTreeCheckpointer()
-tree = reader.metadata("runs/quickstart/checkpoints/00000700/state").item_metadata.tree
-numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-params = reader.restore("runs/quickstart/checkpoints/00000700/state", restore_args=numpy)["params"]
+import os, jax, numpy as np, orbax.checkpoint as ocp
+path = os.path.abspath("runs/quickstart/checkpoints/00000700/state")
+tree = ocp.PyTreeCheckpointer().metadata(path).item_metadata.tree
+as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+params = ocp.PyTreeCheckpointer().restore(path, restore_args=as_numpy)["params"]
 """
 PRINT = """
 import sys
@@ -82,12 +82,12 @@ def test_nothing_there(workdir):
         load_params(str(workdir))
 
 
-def test_plain_jax_reads_the_parameters(saved, workdir):
+def test_plain_jax_reads_the_parameters(saved, workdir, tmp_path):
     """On another number of devices, warnings being errors, and without capjax."""
-    script = PLAIN_JAX.replace("runs/quickstart", str(workdir)) + PRINT
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=False
-    )
+    (tmp_path / "runs").mkdir()
+    workdir.rename(tmp_path / "runs" / "quickstart")
+    command = [sys.executable, "-W", "error", "-c", PLAIN_JAX + PRINT]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert done.stdout.splitlines() == [
