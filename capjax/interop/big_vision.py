@@ -131,7 +131,7 @@ def captioner_to_arrays(
                 if stacked is None:
                     continue
                 if part is not None:
-                    stacked = stacked[..., part, :, :]
+                    stacked = stacked[..., part, :]
                 if layout == "scan":
                     arrays[f"{root}/{module}/{leaf}"] = np.moveaxis(stacked, 0, axis)
                     continue

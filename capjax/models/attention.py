@@ -1,13 +1,14 @@
 """Multi-head attention: of a sequence to itself, and of text to patches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from capjax.dims import Array, Float, PRNGKeyArray
-from capjax.mesh import act_BLD, bias_3NK, kernel_D3NK, kernel_DNK, kernel_NKD
+from capjax.mesh import bias_N3K, kernel_DN3K, kernel_DNK, kernel_NKD
 from capjax.models.layers import Initializer, Projection
 
 MASKED = float(jnp.finfo(jnp.float32).min)  # finite, so that differences of logits never give NaN
@@ -53,25 +54,25 @@ def attend(
     return jnp.einsum("BNLS,BSNK->BLNK", weights_BNLS, value_BSNK)
 
 
-def fused_heads(
+def project_heads(
     key: PRNGKeyArray,
     width: int,
-    num: int,
     num_heads: int,
+    num: int,
     head_width: int,
     init: Callable[..., Initializer],
     *,
     use_bias: bool,
 ) -> Projection:
-    """`num` projections onto heads in one kernel (D, num, N, K): one matmul instead of `num`."""
+    """`num` projections onto heads side by side (D, N, num, K): one matmul instead of `num`."""
     return Projection(
         key,
-        "BLD,DTNK->BLTNK",
-        (width, num, num_heads, head_width),
-        kernel_D3NK,
-        init(num_out=2, num_separate=1),
-        bias_shape=(num, num_heads, head_width) if use_bias else None,
-        bias_spec=bias_3NK,
+        (width,),
+        (num_heads, num, head_width),
+        kernel_DN3K,
+        init(num_out=3, separate=2),
+        use_bias=use_bias,
+        bias_spec=bias_N3K,
     )
 
 
@@ -84,16 +85,15 @@ def merge_heads(
     *,
     use_bias: bool,
 ) -> Projection:
-    """The output projection of an attention; the sum over heads crosses the tensor axis."""
-    return Projection(
-        key,
-        "BLNK,NKD->BLD",
-        (num_heads, head_width, width),
-        kernel_NKD,
-        init(),
-        bias_shape=(width,) if use_bias else None,
-        out_spec=act_BLD,
-    )
+    """The output projection of an attention; its sum over heads crosses the tensor axis."""
+    return Projection(key, (num_heads, head_width), (width,), kernel_NKD, init(), use_bias=use_bias)
+
+
+def split_heads(x_BLN3K: Array) -> list[Array]:
+    """What `project_heads` put side by side, each (B, L, N, K)."""
+    # `split`, because its gradient is one concatenation where a slice's is a sum of padded arrays.
+    parts = lax.split(x_BLN3K, (1,) * x_BLN3K.shape[3], axis=3)
+    return [jnp.squeeze(part, 3) for part in parts]
 
 
 class SelfAttention(nnx.Module):
@@ -110,18 +110,18 @@ class SelfAttention(nnx.Module):
     ):
         qkv_key, out_key = jax.random.split(key)
         head_width = width // num_heads
-        self.qkv = fused_heads(qkv_key, width, 3, num_heads, head_width, init, use_bias=use_bias)
+        self.qkv = project_heads(qkv_key, width, num_heads, 3, head_width, init, use_bias=use_bias)
         self.out = merge_heads(out_key, num_heads, head_width, width, init, use_bias=use_bias)
 
-    def project(self, x_BLD: Float[Array, "B L D"]) -> tuple[Array, Array, Array]:
+    def project(self, x_BLD: Float[Array, "B L D"]) -> list[Array]:
         """Query, key and value, each (B, L, N, K)."""
-        qkv_BL3NK = self.qkv(x_BLD)
-        return qkv_BL3NK[:, :, 0], qkv_BL3NK[:, :, 1], qkv_BL3NK[:, :, 2]
+        return split_heads(self.qkv(x_BLD))
 
     def __call__(
         self, x_BLD: Float[Array, "B L D"], bias_B1LS: Array | None = None
     ) -> Float[Array, "B L D"]:
-        return self.out(attend(*self.project(x_BLD), bias_B1LS))
+        query, key, value = self.project(x_BLD)
+        return self.out(attend(query, key, value, bias_B1LS))
 
 
 class CrossAttention(nnx.Module):
@@ -139,22 +139,23 @@ class CrossAttention(nnx.Module):
         head_width = width // num_heads
         self.query = Projection(
             query_key,
-            "BLE,ENK->BLNK",
-            (width, num_heads, head_width),
+            (width,),
+            (num_heads, head_width),
             kernel_DNK,
             init(num_out=2),
+            use_bias=False,
         )
-        self.key_value = fused_heads(
-            memory_key, memory_width, 2, num_heads, head_width, init, use_bias=False
+        self.key_value = project_heads(
+            memory_key, memory_width, num_heads, 2, head_width, init, use_bias=False
         )
         self.out = merge_heads(out_key, num_heads, head_width, width, init, use_bias=False)
 
-    def project_memory(self, patches_BPD: Float[Array, "B P D"]) -> tuple[Array, Array]:
+    def project_memory(self, patches_BPD: Float[Array, "B P D"]) -> list[Array]:
         """Key and value of the patches, each (B, P, N, K)."""
-        key_value_BP2NK = self.key_value(patches_BPD)
-        return key_value_BP2NK[:, :, 0], key_value_BP2NK[:, :, 1]
+        return split_heads(self.key_value(patches_BPD))
 
     def __call__(
-        self, x_BLE: Float[Array, "B L E"], memory: tuple[Array, Array]
+        self, x_BLE: Float[Array, "B L E"], memory: Sequence[Array]
     ) -> Float[Array, "B L E"]:
-        return self.out(attend(self.query(x_BLE), *memory))
+        key, value = memory
+        return self.out(attend(self.query(x_BLE), key, value))

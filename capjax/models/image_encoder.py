@@ -72,11 +72,11 @@ class ImageEncoder(nnx.Module):
         patch_key, position_key, blocks_key = jax.random.split(key, 3)
         self.patch_embedding = Projection(
             patch_key,
-            "BPhwC,hwCD->BPD",
-            (patch_size, patch_size, 3, width),
+            (patch_size, patch_size, 3),
+            (width,),
             kernel_HWCD,
             lecun_normal(),
-            bias_shape=(width,),
+            use_bias=True,
         )
         self.grid = image_size // patch_size
         self.position_embedding = (

@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 
 from capjax.dims import Array, Float, Int, PRNGKeyArray
 from capjax.mesh import (
+    BATCH,
     act_BLD,
     bias_F,
     embedding_VD,
@@ -46,29 +47,30 @@ def use(param: nnx.Param, dtype: DTypeLike) -> Array:
     return reshard(param[...].astype(dtype), gathered(param.get_metadata("spec")))
 
 
-def xavier_uniform(num_out: int = 1, num_separate: int = 0) -> Initializer:
-    """Glorot's uniform: the last `num_out` axes are outputs, `num_separate` before them several
-    kernels side by side."""
-    return _scaled(1.0, "fan_avg", "uniform", num_out, num_separate)
+def xavier_uniform(num_out: int = 1, separate: int | None = None) -> Initializer:
+    """Glorot's uniform: the last `num_out` axes are outputs.
+
+    Along the axis `separate`, one of these, there are several kernels, each with its own fans.
+    """
+    return _scaled("fan_avg", "uniform", num_out, separate)
 
 
-def lecun_normal(num_out: int = 1, num_separate: int = 0) -> Initializer:
+def lecun_normal(num_out: int = 1, separate: int | None = None) -> Initializer:
     """Truncated normal of variance 1/fan_in; the axes as in `xavier_uniform`."""
-    return _scaled(1.0, "fan_in", "truncated_normal", num_out, num_separate)
+    return _scaled("fan_in", "truncated_normal", num_out, separate)
 
 
-def _scaled(scale, mode, distribution, num_out, num_separate) -> Initializer:
+def _scaled(mode, distribution, num_out, separate) -> Initializer:
     def init(key, shape, dtype, out_sharding=None):
-        num_in = len(shape) - num_out - num_separate
-        make = initializers.variance_scaling(
-            scale,
+        num_in = len(shape) - num_out
+        return initializers.variance_scaling(
+            1.0,
             mode,
             distribution,
             in_axis=tuple(range(num_in)),
-            out_axis=tuple(range(len(shape) - num_out, len(shape))),
-            batch_axis=tuple(range(num_in, num_in + num_separate)),
-        )
-        return make(key, shape, dtype, out_sharding=out_sharding)
+            out_axis=tuple(i for i in range(num_in, len(shape)) if i != separate),
+            batch_axis=() if separate is None else (separate,),
+        )(key, shape, dtype, out_sharding=out_sharding)
 
     return init
 
@@ -142,38 +144,48 @@ class LayerNorm(nnx.Module):
 
 
 class Projection(nnx.Module):
-    """A kernel and an optional bias, contracted as the einsum `equation` says."""
+    """A kernel of shape `in_shape + out_shape`, and an optional bias of `out_shape`.
+
+    Applied as one 2-D matmul, for which the compilers find a transposed gradient without copies.
+    Of the input's and of the output's axes only the first may be split over `tensor`.
+    """
 
     def __init__(
         self,
         key: PRNGKeyArray,
-        equation: str,
-        shape: tuple[int, ...],
+        in_shape: tuple[int, ...],
+        out_shape: tuple[int, ...],
         spec: P,
         init: Initializer,
         *,
-        bias_shape: tuple[int, ...] | None = None,
+        use_bias: bool,
         bias_spec: P = replicated,
         bias_init: Initializer = initializers.zeros,
-        out_spec: P | None = None,
     ):
         kernel_key, bias_key = jax.random.split(key)
-        self.kernel = parameter(init, kernel_key, shape, spec)
-        self.bias = (
-            None if bias_shape is None else parameter(bias_init, bias_key, bias_shape, bias_spec)
-        )
-        self.equation = equation
-        self.out_spec = out_spec
-
-    def parameters(self, dtype: DTypeLike) -> tuple[Array, Array | None]:
-        """Kernel and bias as `use` gives them."""
-        return use(self.kernel, dtype), None if self.bias is None else use(self.bias, dtype)
+        self.kernel = parameter(init, kernel_key, in_shape + out_shape, spec)
+        self.bias = parameter(bias_init, bias_key, out_shape, bias_spec) if use_bias else None
+        self.num_in = len(in_shape)
+        self.out_shape = out_shape
+        spec = gathered(spec)
+        self.in_axis, self.out_axis = spec[0], spec[self.num_in]
 
     def __call__(self, x: Array) -> Array:
-        kernel, bias = self.parameters(x.dtype)
-        out = None if self.out_spec is None else out_sharding(self.out_spec)
-        y = jnp.einsum(self.equation, x, kernel, out_sharding=out)
-        return y if bias is None else y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+        """(B, L, *in_shape) to (B, L, *out_shape)."""
+        kernel = use(self.kernel, x.dtype)
+        batch, length = x.shape[:2]
+        num_in = math.prod(kernel.shape[: self.num_in])
+        y_BF = jnp.dot(
+            _reshape(x, (batch * length, num_in), P(BATCH, self.in_axis)),
+            _reshape(kernel, (num_in, -1), P(self.in_axis, self.out_axis)),
+            out_sharding=out_sharding(P(BATCH, self.out_axis)),
+        )
+        y = _reshape(y_BF, (batch, length, *self.out_shape), P(BATCH, None, self.out_axis))
+        return y if self.bias is None else y + use(self.bias, x.dtype)[None, None]
+
+
+def _reshape(x: Array, shape: tuple[int, ...], spec: P) -> Array:
+    return x.reshape(shape, out_sharding=out_sharding(spec))
 
 
 class Mlp(nnx.Module):
@@ -184,23 +196,22 @@ class Mlp(nnx.Module):
         bias_init = initializers.normal(1e-6)
         self.up = Projection(
             up_key,
-            "BLD,DF->BLF",
-            (width, hidden),
+            (width,),
+            (hidden,),
             kernel_DF,
             xavier_uniform(),
-            bias_shape=(hidden,) if use_bias else None,
+            use_bias=use_bias,
             bias_spec=bias_F,
             bias_init=bias_init,
         )
         self.down = Projection(
             down_key,
-            "BLF,FD->BLD",
-            (hidden, width),
+            (hidden,),
+            (width,),
             kernel_FD,
             xavier_uniform(),
-            bias_shape=(width,) if use_bias else None,
+            use_bias=use_bias,
             bias_init=bias_init,
-            out_spec=act_BLD,
         )
 
     def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:

@@ -19,7 +19,7 @@ def build_stack(build: Callable[[PRNGKeyArray], Any], key: PRNGKeyArray, depth: 
     return jax.vmap(build)(jax.random.split(key, depth))
 
 
-def _cheap_and_sharded(prim, *_, **__) -> bool:
+def _all_but_casts_and_gathers(prim, *_, **__) -> bool:
     """Saves everything but casts and gathers: a gathered kernel kept would undo its sharding."""
     return prim.name not in ("reshard", "convert_element_type", "mesh_cast")
 
@@ -31,8 +31,10 @@ def _with_remat(body: Callable, remat: str, *, in_scan: bool) -> Callable:
             return checkpoint(body)
         case "dots":
             return checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+        case _ if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
+            return body
         case _:
-            return checkpoint(body, policy=_cheap_and_sharded)
+            return checkpoint(body, policy=_all_but_casts_and_gathers)
 
 
 def run_stack(

@@ -1,5 +1,6 @@
 """The text decoder: causal or bidirectional self-attention, cross-attention to patches, a cache."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -90,7 +91,7 @@ class DecoderBlock(nnx.Module):
         layer: Int[Array, ""],
         keys_XBLNK: Array,
         values_XBLNK: Array,
-        memory: tuple[Array, Array],
+        memory: Sequence[Array],
     ) -> tuple[Array, Array, Array]:
         """One position; its key and value are written into the cache in place."""
         query, key, value = self.self_attention.project(self.self_norm(x_B1E))
