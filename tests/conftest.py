@@ -25,6 +25,7 @@ from jaxtyping import install_import_hook
 # From here on every annotated function of capjax checks its arguments, array shapes included.
 install_import_hook("capjax", "beartype.beartype")
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
 from absl import flags  # noqa: E402
 
@@ -32,6 +33,11 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+# No time limit for one example (a busy machine is no bug), and the same examples on every CI run.
+hypothesis.settings.register_profile(
+    "capjax", deadline=None, derandomize=os.environ.get("CI") == "true"
+)
+hypothesis.settings.load_profile("capjax")
 flags.FLAGS.mark_as_parsed()  # Grain's workers and Orbax read absl flags, which no app has parsed
 
 
