@@ -33,7 +33,7 @@ def digest_lanes(arrays: Mapping[str, Array]) -> dict[str, Array]:
     The arrays hold numbers or booleans; of a typed PRNG key pass `jax.random.key_data`. One small
     program a shape, as compiling those is quicker than compiling one large one for the whole tree.
     """
-    lanes = {}
+    lanes: dict[str, Array] = {}
     for name, x in arrays.items():
         with jax.set_mesh(_mesh(x)):  # arrays may lie elsewhere than on the mesh that is set
             lanes[name] = _lanes(x)

@@ -40,6 +40,8 @@ def start(args: argparse.Namespace) -> None:
         jax.config.update("jax_platforms", args.platform.replace("gpu", "cuda"))
     if args.num_cpu_devices is not None:
         jax.config.update("jax_num_cpu_devices", args.num_cpu_devices)
+        # Two programs in flight can take each other's threads and wait in a collective for ever.
+        jax.config.update("jax_cpu_enable_async_dispatch", args.num_cpu_devices == 1)
     directory = compile_cache(args.compile_cache)
     if directory is not None:
         jax.config.update("jax_compilation_cache_dir", str(directory))

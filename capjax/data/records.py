@@ -124,7 +124,7 @@ def encode_example(example: Example) -> bytes:
     record["captions"] = [[*shared, *(caption.text for caption in run)] for shared, run in groups]
     record = {name: value for name, value in record.items() if value not in (None, [], {})}
     try:
-        return msgpack.packb(record)
+        return msgpack.Packer().pack(record)
     except (OverflowError, UnicodeEncodeError, RecursionError) as error:
         raise ValueError(f"example {example.key!r:.80} does not fit msgpack: {error}") from error
 

@@ -58,7 +58,7 @@ def open_source(
     name = os.fspath(name)
     if name in SOURCE_NAMES:
         return _open_emoji(name, styles, flags)
-    if styles is not None or not flags:
+    if (styles is not None or not flags) and not name.startswith("emoji:"):
         raise UserError(f"source {name!r} has no `styles` or `flags`: only emoji:SPLIT does")
     path = Path(name).expanduser()
     if name and path.is_dir():  # an empty name would mean the current directory

@@ -58,13 +58,18 @@ class Tokenizer:
             raise UserError(f"tokenizer {os.fspath(path)!r}: {error}") from error
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+    def train(
+        cls, texts: Iterable[str], vocab_size: int, *, split_by_whitespace: bool = True
+    ) -> "Tokenizer":
         """Trains on `texts`: at most `vocab_size` pieces, fewer where the texts hold no more.
+
+        Without `split_by_whitespace` a piece may be a phrase ("dark skin tone"): shorter sequences
+        where captions are made of set phrases.
 
         The same texts in the same order give the same bytes. Raises `UserError` for no text, and
         for a `vocab_size` that does not hold the fixed pieces and the characters of the texts.
         """
-        return cls(_train(texts, vocab_size))
+        return cls(_train(texts, vocab_size, split_by_whitespace))
 
     @property
     def fingerprint(self) -> str:
@@ -143,7 +148,7 @@ def _load(model_bytes: bytes) -> sentencepiece.SentencePieceProcessor:
     return processor
 
 
-def _train(texts: Iterable[str], vocab_size: int) -> bytes:
+def _train(texts: Iterable[str], vocab_size: int, split_by_whitespace: bool) -> bytes:
     lines = [line for text in texts for line in _valid(text).replace("\0", " ").splitlines()]
     lines = [line for line in lines if line.strip()]
     if not lines:
@@ -154,11 +159,17 @@ def _train(texts: Iterable[str], vocab_size: int) -> bytes:
             "(pad, end, unknown and 256 bytes)"
         )
     model = io.BytesIO()
-    seeds = _seed_pieces(lines)
+    seeds = _seed_pieces(lines) if split_by_whitespace else []
     with tempfile.NamedTemporaryFile("w", suffix=".tsv", encoding="utf-8") as file:
         file.writelines(f"{piece}\t{count}\n" for piece, count in seeds)
         file.flush()
-        _run_trainer(lines, vocab_size, model, file.name if seeds else "")
+        _run_trainer(
+            lines,
+            model,
+            vocab_size=vocab_size,
+            split_by_whitespace=split_by_whitespace,
+            seed_sentencepieces_file=file.name if seeds else "",
+        )
     proto = sentencepiece_model_pb2.ModelProto()  # pyrefly: ignore[missing-attribute]
     proto.ParseFromString(model.getvalue())
     proto.trainer_spec.ClearField("seed_sentencepieces_file")  # its name is another each time
@@ -186,7 +197,7 @@ def _seed_pieces(lines: list[str]) -> list[tuple[str, int]]:
     return sorted(repeated, key=lambda pair: (-pair[1] * len(pair[0]), pair[0]))
 
 
-def _run_trainer(lines: list[str], vocab_size: int, model: io.BytesIO, seed_file: str) -> None:
+def _run_trainer(lines: list[str], model: io.BytesIO, *, vocab_size: int, **settings) -> None:
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines),
@@ -205,8 +216,8 @@ def _run_trainer(lines: list[str], vocab_size: int, model: io.BytesIO, seed_file
             num_threads=1,  # several threads sum in another order each time
             max_sentence_length=1 << 20,
             max_sentencepiece_length=_MAX_PIECE,
-            seed_sentencepieces_file=seed_file,
             minloglevel=2,
+            **settings,
         )
     except (RuntimeError, OSError) as error:
         # "Vocabulary size is smaller than required_chars. 300 vs 412 ..."

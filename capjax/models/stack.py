@@ -19,22 +19,20 @@ def build_stack(build: Callable[[PRNGKeyArray], Any], key: PRNGKeyArray, depth: 
     return jax.vmap(build)(jax.random.split(key, depth))
 
 
-def _all_but_casts_and_gathers(prim, *_, **__) -> bool:
-    """Saves everything but casts and gathers: a gathered kernel kept would undo its sharding."""
-    return prim.name not in ("reshard", "convert_element_type", "mesh_cast")
+def _all_but_gathers(prim, *_, **__) -> bool:
+    """Saves all but what leads from a stored kernel to its matmul: it would undo the sharding."""
+    return prim.name not in ("convert_element_type", "reshard", "reshape")
 
 
 def _with_remat(body: Callable, remat: str, *, in_scan: bool) -> Callable:
     checkpoint = functools.partial(jax.checkpoint, prevent_cse=not in_scan)
-    match remat:
-        case "full":
-            return checkpoint(body)
-        case "dots":
-            return checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
-        case _ if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
-            return body
-        case _:
-            return checkpoint(body, policy=_all_but_casts_and_gathers)
+    if remat == "full":
+        return checkpoint(body)
+    if remat == "dots":
+        return checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+    if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) > 1:
+        return checkpoint(body, policy=_all_but_gathers)
+    return body
 
 
 def run_stack(

@@ -5,6 +5,8 @@ predict labels[i]. The mode is drawn for each example. Source: Tschannen et al.,
 Are Scalable Vision Learners Too" (2023).
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -16,6 +18,7 @@ from capjax.objectives.cross_entropy import token_nll, weighted_nll
 from capjax.objectives.metrics import Mean, masked_mean
 
 __all__ = [
+    "CaptioningObjective",
     "caption_means",
     "captioning_loss",
     "decoder_inputs",
@@ -24,6 +27,24 @@ __all__ = [
     "token_nll",
     "weighted_nll",
 ]
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptioningObjective:
+    """`parallel_fraction`: probability of the parallel mode (0: Cap); `label_smoothing`."""
+
+    parallel_fraction: float = 0.75
+    label_smoothing: float = 0.0
+
+    def __post_init__(self):
+        if not 0 <= self.parallel_fraction <= 1:
+            raise UserError(
+                f"objective.parallel_fraction={self.parallel_fraction}: expected 0 (Cap) to 1"
+            )
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(
+                f"objective.label_smoothing={self.label_smoothing}: expected 0 to less than 1"
+            )
 
 
 def decoder_inputs(

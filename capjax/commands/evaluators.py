@@ -1,0 +1,84 @@
+"""The evaluation of a run's splits, in training and by `capjax evaluate`."""
+
+import functools
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+
+from capjax.commands.build import DataPlan, Plan, evaluation_batches
+from capjax.data.sources import Source
+from capjax.data.tokenizer import Tokenizer
+from capjax.data.transforms import caption_texts
+from capjax.dims import Params
+from capjax.evaluation.likelihood import evaluate_likelihood
+from capjax.evaluation.splits import caption_split, write_captions
+from capjax.models.captioner import Captioner
+from capjax.training.loop import Evaluator
+
+
+def build_evaluators(plan: Plan, captions: epath.Path) -> list[Evaluator]:
+    """One evaluator for each split; at the end of the run it takes every example."""
+    settings = plan.config.evaluate
+
+    def run(name, split, state, step):
+        return evaluate_split(
+            plan.model,
+            state.params,
+            mesh=plan.mesh,
+            data=plan.data,
+            tokenizer=plan.tokenizer,
+            split=split,
+            batch_size=settings.batch_size,
+            max_examples=None if step == plan.total_steps else settings.max_examples,
+            step=step,
+            captions_file=captions / f"{name}.jsonl",
+        )
+
+    return [
+        Evaluator(name, settings.every_steps, functools.partial(run, name, split))
+        for name, split in plan.splits.items()
+    ]
+
+
+def evaluate_split(
+    model: Captioner,
+    params: Params,
+    *,
+    mesh: Mesh,
+    data: DataPlan,
+    tokenizer: Tokenizer,
+    split: tuple[str, Source],
+    batch_size: int,
+    max_examples: int | None,
+    step: int,
+    captions_file: epath.Path,
+) -> dict[str, float]:
+    """Likelihood and caption metrics of one split; its captions are written to a file."""
+    name, source = split
+    batches = functools.partial(
+        evaluation_batches,
+        data,
+        source,
+        tokenizer,
+        batch_size=batch_size,
+        max_examples=max_examples,
+    )
+    with batches() as rows:
+        metrics = evaluate_likelihood(model, params, rows, mesh)
+    with batches() as rows:
+        agreement, records = caption_split(
+            model,
+            params,
+            rows,
+            mesh=mesh,
+            tokenizer=tokenizer,
+            source=source,
+            source_name=name,
+            references=lambda example: caption_texts(example, data.captions),
+            step=step,
+        )
+    if jax.process_index() == 0:
+        captions_file.parent.mkdir(parents=True, exist_ok=True)
+        write_captions(captions_file, records)
+    return metrics | agreement

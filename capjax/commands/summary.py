@@ -1,0 +1,74 @@
+"""What a run says of itself: before it starts, in its checkpoints, and when it is done."""
+
+import collections
+import dataclasses
+import importlib.metadata
+import platform
+from typing import Any
+
+import jax
+from etils import epath
+
+from capjax.checkpoint import RunInfo
+from capjax.commands.build import Plan
+from capjax.commands.settings import resolved_dict
+from capjax.training.loop import TrainSummary
+from capjax.training.progress import process_age_s
+
+LIBRARIES = ("capjax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def run_info(plan: Plan) -> RunInfo:
+    """What every checkpoint of the run holds. Its `model` section is complete."""
+    config = resolved_dict(plan.config)
+    config["model"] = dataclasses.asdict(plan.model.config)
+    return RunInfo(
+        config=config,
+        preprocessing=dataclasses.asdict(plan.data.preprocessing),
+        tokenizer_model=plan.tokenizer.model_bytes,
+    )
+
+
+def describe(plan: Plan) -> str:
+    """The line before the first step: sizes, data, devices."""
+    examples = f"{len(plan.source):,} examples" if plan.source else "synthetic examples"
+    mesh = "x".join(f"{size}{axis}" for axis, size in plan.mesh.shape.items() if size > 1)
+    return (
+        f"{plan.model.num_params() / 1e6:.2f} M parameters, {examples}, "
+        f"vocabulary {plan.tokenizer.vocab_size}, {plan.total_steps:,} steps of "
+        f"{plan.config.batch_size}, on {devices()}{f' as {mesh}' if mesh else ''}"
+    )
+
+
+def devices() -> str:
+    """Such as "8 x NVIDIA H100 80GB HBM3"; several kinds are joined by "+"."""
+    kinds = collections.Counter(device.device_kind for device in jax.devices())
+    return " + ".join(f"{count} x {kind}" for kind, count in kinds.items())
+
+
+def run_summary(plan: Plan, summary: TrainSummary, bad: dict[str, int]) -> dict[str, Any]:
+    """The facts of `summary.json`, JSON values all. Rates are of this process's lifetime."""
+    facts = {
+        "steps": plan.total_steps,
+        "examples_seen": plan.total_steps * plan.config.batch_size,
+        "num_params": plan.model.num_params(),
+        "tokenizer_sha256": plan.tokenizer.fingerprint,
+        "wall_s": process_age_s(),
+        "bad_records": bad,
+        "devices": devices(),
+        "mesh": dict(plan.mesh.shape),
+        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES}
+        | {"python": platform.python_version()},
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
+    return facts | summary._asdict()
+
+
+def closing_words(workdir: epath.Path, facts: dict[str, Any]) -> str:
+    """The line after the last step."""
+    rate = facts["images_per_s"]
+    return (
+        f"done: {facts['steps']:,} steps in {facts['wall_s'] / 60:.1f} min"
+        + (f", {rate:,.0f} images/s" if rate else "")
+        + f", {facts['data_wait_fraction']:.1%} waiting for data; everything is in {workdir}"
+    )

@@ -1,0 +1,126 @@
+"""`capjax train`: pretrains a captioner; the same command again resumes it."""
+
+import argparse
+
+# What a resume may change: how a run is watched, kept and laid out, never what it computes.
+MAY_CHANGE = (
+    "log_every_steps",
+    "checkpoint.*",
+    "evaluate.*",
+    "reading.*",
+    "mesh.*",
+    "profile.*",
+    "tensorboard",
+    "wandb_project",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `capjax train`."""
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="NAME|FILE[:ARG]",
+        help="a shipped config (see `capjax config list`) or a Python file; "
+        "--config.a.b=v overrides a field",
+    )
+    parser.add_argument(
+        "--workdir", required=True, help="directory of the run; an earlier run there is resumed"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Checks all that can be checked before the first byte is written, then trains."""
+    from capjax.commands import runtime, settings
+
+    config = settings.load_config(args.config, args.overrides)
+    runtime.start(args)
+
+    from capjax.commands.build import build_run
+    from capjax.training.workdir import open_workdir
+
+    plan = build_run(config, args.workdir)
+    with open_workdir(args.workdir, settings.resolved_dict(config), MAY_CHANGE) as workdir:
+        train_run(plan, workdir)
+
+
+def train_run(plan, workdir) -> None:
+    """Restores or starts the state, trains to the end, and writes the summary of the run."""
+    import contextlib
+    import functools
+    import json
+
+    import jax
+
+    from capjax.checkpoint import Checkpointer
+    from capjax.commands import build, summary
+    from capjax.commands.evaluators import build_evaluators
+    from capjax.mesh import place_batch
+    from capjax.training.loop import train
+    from capjax.training.metrics import make_writers
+    from capjax.training.profile import Tracer
+    from capjax.training.progress import Progress
+    from capjax.training.workdir import write_atomic
+
+    config, root = plan.config, workdir.path
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(Progress())
+        stack.enter_context(jax.set_mesh(plan.mesh))
+        for change in workdir.changes:
+            progress.say(f"changed since this run began: {change}")
+        if jax.process_index() == 0:
+            write_atomic(root / "tokenizer.model", plan.tokenizer.model_bytes)
+        checkpointer = stack.enter_context(
+            Checkpointer(
+                root / "checkpoints",
+                run=summary.run_info(plan),
+                keep=config.checkpoint.keep,
+                report=progress.say,
+            )
+        )
+        restored = checkpointer.restore_latest(plan.abstract_state)
+        if restored is None:
+            start_step, state = 0, jax.jit(plan.init_state)()
+        else:
+            start_step, state, _ = restored
+            progress.say(f"resuming after step {start_step} in {root}")
+        batches = build.training_batches(plan, start_step * config.batch_size)
+        if hasattr(batches, "close"):
+            stack.callback(batches.close)
+        writers = make_writers(
+            root,
+            restored_step=None if restored is None else start_step,
+            tensorboard=config.tensorboard,
+            wandb_project=config.wandb_project,
+            config=config.to_dict(),
+        )
+        for writer in writers:
+            stack.callback(writer.close)
+
+        def save(step, state) -> None:
+            checkpointer.save(step, state, {"examples_seen": step * config.batch_size})
+
+        progress.say(summary.describe(plan))
+        _, totals = train(
+            state,
+            train_step=plan.train_step,
+            batches=batches,
+            place=functools.partial(place_batch, plan.mesh),
+            total_steps=plan.total_steps,
+            batch_size=config.batch_size,
+            start_step=start_step,
+            evaluators=build_evaluators(plan, root / "captions"),
+            save=save,
+            save_every_steps=config.checkpoint.every_steps,
+            wait_for_saves=checkpointer.wait,
+            writers=writers,
+            log_every_steps=config.log_every_steps,
+            progress=progress,
+            tracer=Tracer(root / "profile", **config.profile),
+            flops_per_image=plan.model.flops_per_example(),
+        )
+        checkpointer.wait()
+        if jax.process_index() == 0:
+            facts = summary.run_summary(plan, totals, dict(getattr(batches, "bad", {})))
+            write_atomic(root / "summary.json", json.dumps(facts, indent=2) + "\n")
+            progress.say(summary.closing_words(root, facts))
