@@ -66,9 +66,11 @@ class CaptionerConfig:
         }.items():
             if getattr(self, name) not in choices:
                 raise UserError(f"{name}={getattr(self, name)!r}: choose one of {choices}")
-        for name in ("image_size", "patch_size", "width", "depth", "num_heads", "mlp_dim"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)}: expected a positive number")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            least = 0 if field.name.startswith("decoder_") else 1
+            if type(value) is int and value < least:
+                raise UserError(f"{field.name}={value}: expected {least} or more")
         if self.image_size % self.patch_size:
             raise UserError(
                 f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}"
