@@ -77,8 +77,7 @@ def weighted_nll(
     """
     settings = _Settings(vocab_size, label_smoothing, chunk)
     rows = (labels_BL, weights_BL)
-    total, nll_BL = _per_device(_weighted, settings, hidden_BLE, kernel_EV, bias_V, rows)
-    return total, lax.stop_gradient(nll_BL)
+    return _per_device(_weighted, settings, hidden_BLE, kernel_EV, bias_V, rows)
 
 
 def _per_device(function: Callable, settings: _Settings, hidden_BLE, kernel_EV, bias_V, rows):
@@ -148,6 +147,7 @@ def _weighted_forward(settings, *arguments):
 
 
 def _weighted_backward(settings, residuals, cotangents):
+    # The gradients in the residuals are those of the sum; nll_T is for reading only.
     *gradients, nll_T = ((cotangents[0] * x).astype(x.dtype) for x in residuals)
     return *gradients, None, nll_T
 

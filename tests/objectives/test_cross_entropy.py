@@ -138,6 +138,9 @@ def test_bfloat16_products_sum_in_float32(function):
         arguments[1].astype(jnp.bfloat16).astype(jnp.float32),
         *arguments[2:],
     )
+    # The CPU computes wider than asked, so what is asked for is looked up too.
+    asked = str(jax.make_jaxpr(functools.partial(function, chunk=7))(*arguments))
+    assert f"f32[7,{V}]" in asked and f"bf16[7,{V}]" not in asked
     (total, nll_BL), gradients = values_and_gradients(function, arguments)
     expected, expected_gradients = values_and_gradients(plain, rounded)
     assert_close((total, nll_BL), expected)

@@ -33,7 +33,7 @@ PLAIN = OptimizerConfig(
         ({"total_examples": 65}, 3),
         ({"total_epochs": 1}, 32),
         ({"total_epochs": 2.5}, 79),
-        ({"total_epochs": 0.96}, 30),  # 960 examples, a little more in floating point
+        ({"total_epochs": 32.16}, 1005),  # a little more in floating point
         ({"warmup_steps": 9, "total_steps": 3}, 3),
     ],
 )
