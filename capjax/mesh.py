@@ -46,8 +46,6 @@ kernel_DV = P("fsdp", "tensor")
 kernel_HWCD = P(None, None, None, "fsdp")
 embedding_VD = P("tensor", "fsdp")
 embedding_LD = P(None, "fsdp")
-bias_F = P("tensor")
-bias_N3K = P("tensor", None, None)
 bias_V = P("tensor")
 replicated = P()
 

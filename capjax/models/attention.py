@@ -7,10 +7,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from capjax.dims import Array, Float, PRNGKeyArray
-from capjax.mesh import bias_N3K, kernel_DN3K, kernel_DNK, kernel_NKD
-from capjax.models.layers import Initializer, Projection
+from capjax.dims import Array, Float
+from capjax.mesh import kernel_DN3K, kernel_DNK, kernel_NKD
+from capjax.models.layers import Projection
+from capjax.models.parameters import Law
 
+KernelInit = Callable[[int, int], Law]  # of the kernel's fan in and fan out
 MASKED = float(jnp.finfo(jnp.float32).min)  # finite, so that differences of logits never give NaN
 
 
@@ -55,38 +57,20 @@ def attend(
 
 
 def project_heads(
-    key: PRNGKeyArray,
-    width: int,
-    num_heads: int,
-    num: int,
-    head_width: int,
-    init: Callable[..., Initializer],
-    *,
-    use_bias: bool,
+    width: int, num_heads: int, num: int, head_width: int, init: KernelInit, *, use_bias: bool
 ) -> Projection:
     """`num` projections onto heads side by side (D, N, num, K): one matmul instead of `num`."""
-    return Projection(
-        key,
-        (width,),
-        (num_heads, num, head_width),
-        kernel_DN3K,
-        init(num_out=3, separate=2),
-        use_bias=use_bias,
-        bias_spec=bias_N3K,
-    )
+    law = init(width, num_heads * head_width)
+    shape = (num_heads, num, head_width)
+    return Projection((width,), shape, kernel_DN3K, law, use_bias=use_bias)
 
 
 def merge_heads(
-    key: PRNGKeyArray,
-    num_heads: int,
-    head_width: int,
-    width: int,
-    init: Callable[..., Initializer],
-    *,
-    use_bias: bool,
+    num_heads: int, head_width: int, width: int, init: KernelInit, *, use_bias: bool
 ) -> Projection:
     """The output projection of an attention; its sum over heads crosses the tensor axis."""
-    return Projection(key, (num_heads, head_width), (width,), kernel_NKD, init(), use_bias=use_bias)
+    law = init(num_heads * head_width, width)
+    return Projection((num_heads, head_width), (width,), kernel_NKD, law, use_bias=use_bias)
 
 
 def split_heads(x_BLN3K: Array) -> list[Array]:
@@ -99,19 +83,10 @@ def split_heads(x_BLN3K: Array) -> list[Array]:
 class SelfAttention(nnx.Module):
     """Multi-head self-attention."""
 
-    def __init__(
-        self,
-        key: PRNGKeyArray,
-        width: int,
-        num_heads: int,
-        init: Callable[..., Initializer],
-        *,
-        use_bias: bool,
-    ):
-        qkv_key, out_key = jax.random.split(key)
+    def __init__(self, width: int, num_heads: int, init: KernelInit, *, use_bias: bool):
         head_width = width // num_heads
-        self.qkv = project_heads(qkv_key, width, num_heads, 3, head_width, init, use_bias=use_bias)
-        self.out = merge_heads(out_key, num_heads, head_width, width, init, use_bias=use_bias)
+        self.qkv = project_heads(width, num_heads, 3, head_width, init, use_bias=use_bias)
+        self.out = merge_heads(num_heads, head_width, width, init, use_bias=use_bias)
 
     def project(self, x_BLD: Float[Array, "B L D"]) -> list[Array]:
         """Query, key and value, each (B, L, N, K)."""
@@ -127,28 +102,12 @@ class SelfAttention(nnx.Module):
 class CrossAttention(nnx.Module):
     """Multi-head attention of text (width E) to patches (width D), without biases."""
 
-    def __init__(
-        self,
-        key: PRNGKeyArray,
-        width: int,
-        memory_width: int,
-        num_heads: int,
-        init: Callable[..., Initializer],
-    ):
-        query_key, memory_key, out_key = jax.random.split(key, 3)
+    def __init__(self, width: int, memory_width: int, num_heads: int, init: KernelInit):
         head_width = width // num_heads
-        self.query = Projection(
-            query_key,
-            (width,),
-            (num_heads, head_width),
-            kernel_DNK,
-            init(num_out=2),
-            use_bias=False,
-        )
-        self.key_value = project_heads(
-            memory_key, memory_width, num_heads, 2, head_width, init, use_bias=False
-        )
-        self.out = merge_heads(out_key, num_heads, head_width, width, init, use_bias=False)
+        shape = (num_heads, head_width)
+        self.query = Projection((width,), shape, kernel_DNK, init(width, width), use_bias=False)
+        self.key_value = project_heads(memory_width, num_heads, 2, head_width, init, use_bias=False)
+        self.out = merge_heads(num_heads, head_width, width, init, use_bias=False)
 
     def project_memory(self, patches_BPD: Float[Array, "B P D"]) -> list[Array]:
         """Key and value of the patches, each (B, P, N, K)."""

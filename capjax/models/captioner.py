@@ -118,11 +118,9 @@ class CaptionerConfig:
 class CaptionerModule(nnx.Module):
     """Encoder and decoder; used through `Captioner`."""
 
-    def __init__(self, config: CaptionerConfig, key: PRNGKeyArray):
-        encoder_key, decoder_key = jax.random.split(key)
+    def __init__(self, config: CaptionerConfig):
         shared = {"posemb": config.posemb, "scan": config.scan, "remat": config.remat}
         self.encoder = ImageEncoder(
-            encoder_key,
             image_size=config.image_size,
             patch_size=config.patch_size,
             width=config.width,
@@ -132,7 +130,6 @@ class CaptionerModule(nnx.Module):
             **shared,
         )
         self.decoder = TextDecoder(
-            decoder_key,
             num_tokens=config.vocab_size,
             num_embeddings=config.num_embeddings,
             text_length=config.text_length,
@@ -159,7 +156,7 @@ class Captioner:
 
     @functools.partial(jax.jit, static_argnums=0)
     def _init(self, key):
-        return functional.split(CaptionerModule(self.config, key))
+        return functional.init(_builder(self.config), key)
 
     def init(self, key: PRNGKeyArray) -> Params:
         """Random parameters, laid out on the mesh if one is set (the same numbers on any mesh).
@@ -269,6 +266,6 @@ class Captioner:
 
 
 @functools.lru_cache(maxsize=64)
-def _builder(config: CaptionerConfig):
+def _builder(config: CaptionerConfig) -> functional.Build:
     """A builder without arguments, the same object for the same configuration (it keys a cache)."""
-    return lambda: CaptionerModule(config, jax.random.key(0))
+    return functools.partial(CaptionerModule, config)

@@ -8,36 +8,52 @@ import jax
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from capjax.dims import Params
+from capjax.dims import Array, Params, PRNGKeyArray
+
+Build = Callable[[], nnx.Module]  # makes a module of declared parameters
 
 
-def split(module: nnx.Module) -> Params:
-    """The parameters of a module as a nested dict of arrays."""
-    return nnx.to_pure_dict(nnx.state(module, nnx.Param))
+def merge(build: Build, params: Params) -> Any:
+    """The module that `build` makes, with `params` in it. Costs nothing inside jit."""
+    return nnx.merge(_split(build)[0], params)
 
 
-def merge(build: Callable[[], Any], params: Params) -> Any:
-    """The module that `build` would make, with `params` in it. Costs nothing inside jit."""
-    return nnx.merge(_abstract(build)[0], params)
+def init(build: Build, key: PRNGKeyArray) -> Params:
+    """Every parameter drawn by its law, laid out on the mesh if one is set."""
+    declared, treedef = jax.tree.flatten(_split(build)[1], is_leaf=_is_param)
+    keys = jax.random.split(key, len(declared))
+
+    def draw(param: nnx.Param, key: PRNGKeyArray) -> Array:
+        return param.get_metadata("law").draw(key, _value(param).shape, _spec(param))
+
+    drawn = [draw(param, key) for param, key in zip(declared, keys, strict=True)]
+    return nnx.to_pure_dict(jax.tree.unflatten(treedef, drawn))
 
 
-def abstract_params(build: Callable[[], Any]) -> Params:
-    """Shape and type of every parameter that `build` would make."""
-    return nnx.to_pure_dict(_abstract(build)[1])
+def abstract_params(build: Build) -> Params:
+    """Shape and type of every parameter."""
+    return nnx.to_pure_dict(jax.tree.map(_value, _split(build)[1], is_leaf=_is_param))
 
 
-def param_specs(build: Callable[[], Any]) -> Params:
-    """For every parameter its `PartitionSpec`; a stack's layer axis is not split."""
-    _, state = _abstract(build)
-
-    def spec(variable: nnx.Variable) -> P:
-        names = variable.get_metadata("spec")
-        return P(*(None,) * (len(variable.get_value().shape) - len(names)), *names)
-
-    return nnx.to_pure_dict(jax.tree.map(spec, state, is_leaf=lambda x: isinstance(x, nnx.Param)))
+def param_specs(build: Build) -> Params:
+    """For every parameter its `PartitionSpec`."""
+    return nnx.to_pure_dict(jax.tree.map(_spec, _split(build)[1], is_leaf=_is_param))
 
 
 @functools.lru_cache(maxsize=64)
-def _abstract(build: Callable[[], Any]) -> tuple:
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-        return nnx.split(jax.eval_shape(build))
+def _split(build: Build) -> tuple:
+    return nnx.split(build())
+
+
+def _is_param(x: Any) -> bool:
+    return isinstance(x, nnx.Param)
+
+
+def _value(param: nnx.Param) -> jax.ShapeDtypeStruct:
+    return param.get_value()
+
+
+def _spec(param: nnx.Param) -> P:
+    """As declared; the layer axis that a stack puts in front is not split."""
+    spec = param.get_metadata("spec")
+    return P(*(None,) * (len(_value(param).shape) - len(spec)), *spec)

@@ -1,25 +1,18 @@
 """The image encoder: a plain ViT without class token; its output is the whole patch sequence."""
 
-import jax
+import math
+
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.nn import initializers
 from jax.sharding import PartitionSpec as P
 
-from capjax.dims import Array, Float, PRNGKeyArray
+from capjax.dims import Array, Float
 from capjax.mesh import BATCH, embedding_LD, kernel_HWCD, out_sharding
 from capjax.models.attention import SelfAttention
-from capjax.models.layers import (
-    LayerNorm,
-    Mlp,
-    Projection,
-    lecun_normal,
-    parameter,
-    use,
-    xavier_uniform,
-)
-from capjax.models.stack import build_stack, run_stack
+from capjax.models.layers import LayerNorm, Mlp, Projection
+from capjax.models.parameters import lecun_normal, normal, parameter, use, xavier_uniform
+from capjax.models.stack import run_stack, stack
 
 
 def sincos2d(height: int, width: int, features: int) -> np.ndarray:
@@ -38,14 +31,11 @@ def sincos2d(height: int, width: int, features: int) -> np.ndarray:
 class EncoderBlock(nnx.Module):
     """Pre-norm self-attention and MLP."""
 
-    def __init__(self, key: PRNGKeyArray, width: int, num_heads: int, mlp_dim: int):
-        attention_key, mlp_key = jax.random.split(key)
+    def __init__(self, width: int, num_heads: int, mlp_dim: int):
         self.attention_norm = LayerNorm(width)
-        self.attention = SelfAttention(
-            attention_key, width, num_heads, xavier_uniform, use_bias=True
-        )
+        self.attention = SelfAttention(width, num_heads, xavier_uniform, use_bias=True)
         self.mlp_norm = LayerNorm(width)
-        self.mlp = Mlp(mlp_key, width, mlp_dim, use_bias=True)
+        self.mlp = Mlp(width, mlp_dim, use_bias=True)
 
     def __call__(self, x_BPD: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
         x_BPD = x_BPD + self.attention(self.attention_norm(x_BPD))
@@ -57,7 +47,6 @@ class ImageEncoder(nnx.Module):
 
     def __init__(
         self,
-        key: PRNGKeyArray,
         *,
         image_size: int,
         patch_size: int,
@@ -69,26 +58,16 @@ class ImageEncoder(nnx.Module):
         scan: bool,
         remat: str,
     ):
-        patch_key, position_key, blocks_key = jax.random.split(key, 3)
-        self.patch_embedding = Projection(
-            patch_key,
-            (patch_size, patch_size, 3),
-            (width,),
-            kernel_HWCD,
-            lecun_normal(),
-            use_bias=True,
-        )
+        shape = (patch_size, patch_size, 3)
+        law = lecun_normal(math.prod(shape), width)
+        self.patch_embedding = Projection(shape, (width,), kernel_HWCD, law, use_bias=True)
         self.grid = image_size // patch_size
         self.position_embedding = (
-            parameter(
-                initializers.normal(width**-0.5), position_key, (self.grid**2, width), embedding_LD
-            )
+            parameter(normal(width**-0.5), (self.grid**2, width), embedding_LD)
             if posemb == "learn"
             else None
         )
-        self.blocks = build_stack(
-            lambda key: EncoderBlock(key, width, num_heads, mlp_dim), blocks_key, depth
-        )
+        self.blocks = stack(EncoderBlock(width, num_heads, mlp_dim), depth)
         self.norm = LayerNorm(width)
         self.scan = scan
         self.remat = remat

@@ -1,78 +1,30 @@
-"""The layers of a transformer, and the one way a parameter is made and used.
+"""The layers of a transformer but attention, with the numerics of big_vision's CapPa.
 
-Parameters are float32 and stored as their `PartitionSpec` says; `use` casts one to the compute type
-and gathers it over `fsdp` right where it is needed. The backward passes of LayerNorm and GELU are
-written out, so that each keeps one array in the compute type and nothing in float32.
-Numerics (eps 1e-6, tanh GELU, query scaled by 1/sqrt(K)) are those of big_vision's CapPa.
+The backward passes of LayerNorm (eps 1e-6) and GELU (tanh) are written out, so that each keeps one
+array in the compute type and nothing in float32.
 """
 
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.nn import initializers
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from capjax.dims import Array, Float, Int, PRNGKeyArray
+from capjax.dims import Array, Float, Int
 from capjax.mesh import (
     BATCH,
     act_BLD,
-    bias_F,
     embedding_VD,
     gathered,
     kernel_DF,
     kernel_FD,
     out_sharding,
-    replicated,
     reshard,
 )
-
-Initializer = Callable[..., Array]
-
-
-def parameter(
-    init: Initializer, key: PRNGKeyArray, shape: tuple[int, ...], spec: P = replicated
-) -> nnx.Param:
-    """A float32 parameter, drawn already laid out as `spec` where a mesh is set."""
-    value = init(key, shape, jnp.float32, out_sharding=out_sharding(spec))
-    return nnx.Param(value, spec=spec)
-
-
-def use(param: nnx.Param, dtype: DTypeLike) -> Array:
-    """The parameter in the compute type, whole but for its tensor-parallel axis."""
-    return reshard(param[...].astype(dtype), gathered(param.get_metadata("spec")))
-
-
-def xavier_uniform(num_out: int = 1, separate: int | None = None) -> Initializer:
-    """Glorot's uniform: the last `num_out` axes are outputs.
-
-    Along the axis `separate`, one of these, there are several kernels, each with its own fans.
-    """
-    return _scaled("fan_avg", "uniform", num_out, separate)
-
-
-def lecun_normal(num_out: int = 1, separate: int | None = None) -> Initializer:
-    """Truncated normal of variance 1/fan_in; the axes as in `xavier_uniform`."""
-    return _scaled("fan_in", "truncated_normal", num_out, separate)
-
-
-def _scaled(mode, distribution, num_out, separate) -> Initializer:
-    def init(key, shape, dtype, out_sharding=None):
-        num_in = len(shape) - num_out
-        return initializers.variance_scaling(
-            1.0,
-            mode,
-            distribution,
-            in_axis=tuple(range(num_in)),
-            out_axis=tuple(i for i in range(num_in, len(shape)) if i != separate),
-            batch_axis=() if separate is None else (separate,),
-        )(key, shape, dtype, out_sharding=out_sharding)
-
-    return init
+from capjax.models.parameters import Law, normal, ones, parameter, use, xavier_uniform, zeros
 
 
 @jax.custom_vjp
@@ -135,9 +87,8 @@ class LayerNorm(nnx.Module):
     """LayerNorm over the last axis."""
 
     def __init__(self, width: int, *, use_bias: bool = True):
-        key = jax.random.key(0)  # not drawn from: ones and zeros
-        self.scale = parameter(initializers.ones, key, (width,))
-        self.bias = parameter(initializers.zeros, key, (width,)) if use_bias else None
+        self.scale = parameter(ones, (width,))
+        self.bias = parameter(zeros, (width,)) if use_bias else None
 
     def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         return layer_norm(x_BLD, self.scale[...], None if self.bias is None else self.bias[...])
@@ -152,32 +103,28 @@ class Projection(nnx.Module):
 
     def __init__(
         self,
-        key: PRNGKeyArray,
         in_shape: tuple[int, ...],
         out_shape: tuple[int, ...],
         spec: P,
-        init: Initializer,
+        law: Law,
         *,
         use_bias: bool,
-        bias_spec: P = replicated,
-        bias_init: Initializer = initializers.zeros,
+        bias_law: Law = zeros,
     ):
-        kernel_key, bias_key = jax.random.split(key)
-        self.kernel = parameter(init, kernel_key, in_shape + out_shape, spec)
-        self.bias = parameter(bias_init, bias_key, out_shape, bias_spec) if use_bias else None
-        self.num_in = len(in_shape)
+        num_in = len(in_shape)
+        self.kernel = parameter(law, in_shape + out_shape, spec)
+        bias_spec = gathered(P(*spec[num_in:]))
+        self.bias = parameter(bias_law, out_shape, bias_spec) if use_bias else None
+        self.in_size = math.prod(in_shape)
         self.out_shape = out_shape
-        spec = gathered(spec)
-        self.in_axis, self.out_axis = spec[0], spec[self.num_in]
+        self.in_axis, self.out_axis = gathered(spec)[0], bias_spec[0]
 
     def __call__(self, x: Array) -> Array:
         """(B, L, *in_shape) to (B, L, *out_shape)."""
-        kernel = use(self.kernel, x.dtype)
         batch, length = x.shape[:2]
-        num_in = math.prod(kernel.shape[: self.num_in])
         y_BF = jnp.dot(
-            _reshape(x, (batch * length, num_in), P(BATCH, self.in_axis)),
-            _reshape(kernel, (num_in, -1), P(self.in_axis, self.out_axis)),
+            _reshape(x, (batch * length, self.in_size), P(BATCH, self.in_axis)),
+            _reshape(use(self.kernel, x.dtype), (self.in_size, -1), P(self.in_axis, self.out_axis)),
             out_sharding=out_sharding(P(BATCH, self.out_axis)),
         )
         y = _reshape(y_BF, (batch, length, *self.out_shape), P(BATCH, None, self.out_axis))
@@ -191,27 +138,13 @@ def _reshape(x: Array, shape: tuple[int, ...], spec: P) -> Array:
 class Mlp(nnx.Module):
     """Two projections with a GELU between."""
 
-    def __init__(self, key: PRNGKeyArray, width: int, hidden: int, *, use_bias: bool):
-        up_key, down_key = jax.random.split(key)
-        bias_init = initializers.normal(1e-6)
+    def __init__(self, width: int, hidden: int, *, use_bias: bool):
+        law, bias_law = xavier_uniform(width, hidden), normal(1e-6)
         self.up = Projection(
-            up_key,
-            (width,),
-            (hidden,),
-            kernel_DF,
-            xavier_uniform(),
-            use_bias=use_bias,
-            bias_spec=bias_F,
-            bias_init=bias_init,
+            (width,), (hidden,), kernel_DF, law, use_bias=use_bias, bias_law=bias_law
         )
         self.down = Projection(
-            down_key,
-            (hidden,),
-            (width,),
-            kernel_FD,
-            xavier_uniform(),
-            use_bias=use_bias,
-            bias_init=bias_init,
+            (hidden,), (width,), kernel_FD, law, use_bias=use_bias, bias_law=bias_law
         )
 
     def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
@@ -221,12 +154,8 @@ class Mlp(nnx.Module):
 class Embedding(nnx.Module):
     """A table of token vectors, N(0, 1), its rows padded to `num_stored` with zeros."""
 
-    def __init__(self, key: PRNGKeyArray, num_rows: int, num_stored: int, width: int):
-        def init(key, shape, dtype, out_sharding=None):
-            table_VD = initializers.normal(1.0)(key, shape, dtype, out_sharding=out_sharding)
-            return jnp.where(jnp.arange(num_stored)[:, None] < num_rows, table_VD, 0)
-
-        self.embedding = parameter(init, key, (num_stored, width), embedding_VD)
+    def __init__(self, num_rows: int, num_stored: int, width: int):
+        self.embedding = parameter(normal(1.0, num_rows), (num_stored, width), embedding_VD)
 
     def __call__(self, tokens_BL: Int[Array, "B L"], dtype: DTypeLike) -> Float[Array, "B L D"]:
         # Every batch shard needs every row, so the table is gathered over both of its axes.

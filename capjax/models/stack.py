@@ -1,22 +1,23 @@
-"""N equal blocks: built by `vmap`, run by `lax.scan` or unrolled, with remat by name."""
+"""N equal blocks as one: run by `lax.scan` or unrolled, with rematerialisation by name."""
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import lax
 
-from capjax.dims import PRNGKeyArray
+Block = TypeVar("Block", bound=nnx.Module)
 
 # What the backward pass recomputes from each block's input.
 REMAT_POLICIES = ("none", "full", "dots")
 
 
-def build_stack(build: Callable[[PRNGKeyArray], Any], key: PRNGKeyArray, depth: int):
-    """`depth` independent blocks as one, every parameter with a leading layer axis."""
-    return jax.vmap(build)(jax.random.split(key, depth))
+def stack(block: Block, depth: int) -> Block:
+    """`depth` blocks like this one as one, every parameter declared with a leading layer axis."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((depth, *x.shape), x.dtype), block)
 
 
 def _all_but_gathers(prim, *_, **__) -> bool:

@@ -3,32 +3,18 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.nn import initializers
 from jax.typing import DTypeLike
 
-from capjax.dims import Array, Bool, Float, Int, PRNGKeyArray
-from capjax.mesh import (
-    act_XBLNK,
-    bias_V,
-    embedding_LD,
-    kernel_DV,
-    reshard,
-)
+from capjax.dims import Array, Bool, Float, Int
+from capjax.mesh import act_XBLNK, bias_V, embedding_LD, kernel_DV, out_sharding
 from capjax.models.attention import MASKED, CrossAttention, SelfAttention, attend
 from capjax.models.image_encoder import sincos2d
-from capjax.models.layers import (
-    Embedding,
-    LayerNorm,
-    Mlp,
-    lecun_normal,
-    parameter,
-    use,
-)
-from capjax.models.stack import build_stack, run_stack
+from capjax.models.layers import Embedding, LayerNorm, Mlp
+from capjax.models.parameters import lecun_normal, normal, parameter, use, zeros
+from capjax.models.stack import run_stack, stack
 
 
 class DecoderCache(NamedTuple):
@@ -54,26 +40,14 @@ class DecoderBlock(nnx.Module):
     """Pre-norm self-attention, cross-attention and MLP."""
 
     def __init__(
-        self,
-        key: PRNGKeyArray,
-        width: int,
-        memory_width: int,
-        num_heads: int,
-        mlp_dim: int,
-        *,
-        use_bias: bool,
+        self, width: int, memory_width: int, num_heads: int, mlp_dim: int, *, use_bias: bool
     ):
-        self_key, cross_key, mlp_key = jax.random.split(key, 3)
         self.self_norm = LayerNorm(width, use_bias=use_bias)
-        self.self_attention = SelfAttention(
-            self_key, width, num_heads, lecun_normal, use_bias=False
-        )
+        self.self_attention = SelfAttention(width, num_heads, lecun_normal, use_bias=False)
         self.cross_norm = LayerNorm(width, use_bias=use_bias)
-        self.cross_attention = CrossAttention(
-            cross_key, width, memory_width, num_heads, lecun_normal
-        )
+        self.cross_attention = CrossAttention(width, memory_width, num_heads, lecun_normal)
         self.mlp_norm = LayerNorm(width, use_bias=use_bias)
-        self.mlp = Mlp(mlp_key, width, mlp_dim, use_bias=use_bias)
+        self.mlp = Mlp(width, mlp_dim, use_bias=use_bias)
 
     def __call__(
         self,
@@ -116,10 +90,10 @@ class DecoderBlock(nnx.Module):
 class OutputHead(nnx.Module):
     """Hidden states to float32 logits over the padded vocabulary; zeros at first."""
 
-    def __init__(self, key: PRNGKeyArray, width: int, num_tokens: int):
+    def __init__(self, width: int, num_tokens: int):
         columns = pad_to_lanes(num_tokens)
-        self.kernel = parameter(initializers.zeros, key, (width, columns), kernel_DV)
-        self.bias = parameter(initializers.zeros, key, (columns,), bias_V)
+        self.kernel = parameter(zeros, (width, columns), kernel_DV)
+        self.bias = parameter(zeros, (columns,), bias_V)
         self.num_tokens = num_tokens
 
     def parameters(self) -> tuple[Float[Array, "E V"], Float[Array, " V"]]:
@@ -144,7 +118,6 @@ class TextDecoder(nnx.Module):
 
     def __init__(
         self,
-        key: PRNGKeyArray,
         *,
         num_tokens: int,
         num_embeddings: int,
@@ -159,26 +132,16 @@ class TextDecoder(nnx.Module):
         scan: bool,
         remat: str,
     ):
-        token_key, position_key, blocks_key, head_key = jax.random.split(key, 4)
-        self.token_embedding = Embedding(
-            token_key, num_embeddings, pad_to_lanes(num_embeddings), width
-        )
+        self.token_embedding = Embedding(num_embeddings, pad_to_lanes(num_embeddings), width)
         self.position_embedding = (
-            parameter(
-                initializers.normal(width**-0.5), position_key, (text_length, width), embedding_LD
-            )
+            parameter(normal(width**-0.5), (text_length, width), embedding_LD)
             if posemb == "learn"
             else None
         )
-        self.blocks = build_stack(
-            lambda key: DecoderBlock(
-                key, width, memory_width, num_heads, mlp_dim, use_bias=use_bias
-            ),
-            blocks_key,
-            depth,
-        )
+        block = DecoderBlock(width, memory_width, num_heads, mlp_dim, use_bias=use_bias)
+        self.blocks = stack(block, depth)
         self.norm = LayerNorm(width)
-        self.head = OutputHead(head_key, width, num_tokens)
+        self.head = OutputHead(width, num_tokens)
         self.text_length = text_length
         self.scan = scan
         self.remat = remat
@@ -221,9 +184,8 @@ class TextDecoder(nnx.Module):
         empty_XBLNK = jnp.zeros(
             (depth, batch, length, num_heads, head_width),
             keys_XBPNK.dtype,
-            device=None,
+            out_sharding=out_sharding(act_XBLNK),
         )
-        empty_XBLNK = reshard(empty_XBLNK, act_XBLNK)
         return DecoderCache(empty_XBLNK, empty_XBLNK, keys_XBPNK, values_XBPNK)
 
     def decode_step(
