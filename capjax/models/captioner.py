@@ -212,10 +212,7 @@ class Captioner:
           tokens_BL: decoder inputs: labels shifted right, or `mask_id` everywhere.
           is_parallel_B: examples whose positions all see each other; None: all are causal.
         """
-        if tokens_BL.shape[1] > self.config.text_length:
-            raise UserError(
-                f"{tokens_BL.shape[1]} tokens, but text_length={self.config.text_length}"
-            )
+        self._check_length(tokens_BL.shape[1])
         return self._module(params).decoder.hidden(tokens_BL, patches_BPD, is_parallel_B)
 
     def logits(self, params: Params, hidden_BLE: Float[Array, "B L E"]) -> Float[Array, "B L V"]:
@@ -230,6 +227,7 @@ class Captioner:
         self, params: Params, patches_BPD: Float[Array, "B P D"], length: int
     ) -> DecoderCache:
         """A cache for up to `length` tokens; keys and values of the patches are computed here."""
+        self._check_length(length)
         return self._module(params).decoder.start_cache(patches_BPD, length)
 
     def decode_step(
@@ -260,6 +258,10 @@ class Captioner:
         decoder += c.text_depth * 2 * patches * 2 * width * text_width
         head = 2 * length * text_width * c.vocab_size
         return 3.0 * (encoder + decoder + head)
+
+    def _check_length(self, length: int) -> None:
+        if length > self.config.text_length:
+            raise UserError(f"{length} tokens, but text_length={self.config.text_length}")
 
     def _module(self, params: Params) -> Any:
         return functional.merge(_builder(self.config), params)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
@@ -14,8 +15,8 @@ Build = Callable[[], nnx.Module]  # makes a module of declared parameters
 
 
 def merge(build: Build, params: Params) -> Any:
-    """The module that `build` makes, with `params` in it. Costs nothing inside jit."""
-    return nnx.merge(_split(build)[0], params)
+    """The module that `build` makes, with `params` (of NumPy too) in it; free inside jit."""
+    return nnx.merge(_split(build)[0], jax.tree.map(jnp.asarray, params))
 
 
 def init(build: Build, key: PRNGKeyArray) -> Params:

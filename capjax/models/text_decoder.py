@@ -207,7 +207,7 @@ class TextDecoder(nnx.Module):
             body,
             (x_B1E, cache.self_key_XBLNK, cache.self_value_XBLNK),
             (self.blocks, jnp.arange(depth), memory),
-            scan=self.scan,
+            scan=True,  # unrolled, every step would copy every layer's parameters out of the stack
         )
         logits_BV = self.head(self.norm(x_B1E))[:, 0]
         return logits_BV, cache._replace(self_key_XBLNK=keys_XBLNK, self_value_XBLNK=values_XBLNK)

@@ -208,6 +208,16 @@ def test_bad_inputs_are_refused(config, params, batch):
     patches = model.encode(params, batch["image"])
     with pytest.raises(UserError, match="7 tokens, but text_length=6"):
         model.hidden(params, jnp.zeros((8, 7), jnp.int32), patches)
+    with pytest.raises(UserError, match="7 tokens, but text_length=6"):
+        model.start_cache(params, patches, 7)
+
+
+def test_parameters_may_be_numpy_arrays(config, params, batch):
+    model = Captioner(config)
+    patches = model.encode(jax.device_get(params), batch["image"])
+    want = model.hidden(params, batch["tokens"], patches)
+    found = model.hidden(jax.device_get(params), batch["tokens"], patches)
+    np.testing.assert_array_equal(found, want)
 
 
 def test_equal_configurations_are_equal_models(config):
