@@ -13,7 +13,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.name = "emoji_quickstart"
     config.seed = 0
     config.batch_size = 128
-    config.total_steps = 3000  # or total_examples, or total_epochs: one of the three
+    config.total_steps = 2000  # or total_examples, or total_epochs: one of the three
     config.total_examples = None
     config.total_epochs = None
 
@@ -79,8 +79,8 @@ def get_config(arg: str = "") -> ConfigDict:
             "b2": 0.95,
             "grad_clip_norm": 1.0,
             "schedule": "constant",
-            "warmup_steps": 240,
-            "cooldown_steps": 1500,
+            "warmup_steps": 160,
+            "cooldown_steps": 1000,
         }
     )
     config.accumulation_steps = 1

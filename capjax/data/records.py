@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, chain, groupby, islice
 from operator import index as as_index
 from pathlib import Path
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex, cast
 
 import msgpack
 import numpy as np
@@ -124,7 +124,7 @@ def encode_example(example: Example) -> bytes:
     record["captions"] = [[*shared, *(caption.text for caption in run)] for shared, run in groups]
     record = {name: value for name, value in record.items() if value not in (None, [], {})}
     try:
-        return msgpack.Packer().pack(record)
+        return cast(bytes, msgpack.packb(record))  # None is for packers that write elsewhere
     except (OverflowError, UnicodeEncodeError, RecursionError) as error:
         raise ValueError(f"example {example.key!r:.80} does not fit msgpack: {error}") from error
 
