@@ -25,10 +25,13 @@ from capjax.dims import Array
 GOLDEN = 0x9E3779B1  # odd: multiplying by it permutes uint32
 MURMUR3 = (16, 0x85EBCA6B, 13, 0xC2B2AE35, 16)
 LOWBIAS32 = (16, 0x7FEB352D, 15, 0x846CA68B, 16)
+# Programs launched at once. A CPU device takes 32; with more, virtual devices can wait for each
+# other forever: launches that are held back occupy the threads the running programs need.
+IN_FLIGHT = 8
 
 
 def digest_lanes(arrays: Mapping[str, Array]) -> dict[str, Array]:
-    """Name -> uint32[2], replicated. Only launched: nothing here waits for the devices.
+    """Name -> uint32[2], replicated. The last `IN_FLIGHT` may still be running.
 
     The arrays hold numbers or booleans; of a typed PRNG key pass `jax.random.key_data`. One small
     program a shape, as compiling those is quicker than compiling one large one for the whole tree.
@@ -37,6 +40,8 @@ def digest_lanes(arrays: Mapping[str, Array]) -> dict[str, Array]:
     for name, x in arrays.items():
         with jax.set_mesh(_mesh(x)):  # arrays may lie elsewhere than on the mesh that is set
             lanes[name] = _lanes(x)
+        if len(lanes) % IN_FLIGHT == 0:
+            jax.block_until_ready(lanes)
     return lanes
 
 

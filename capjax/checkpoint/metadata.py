@@ -17,7 +17,7 @@ from capjax.checkpoint.arrays import array_entry
 from capjax.checkpoint.files import FORMAT_VERSION, Metadata, sha256
 from capjax.dims import Array
 
-LIBRARIES = ("capjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+LIBRARIES = ("capjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ def run_metadata(run: RunInfo) -> Metadata:
         "config": dict(run.config),
         "preprocessing": dict(run.preprocessing),
         "tokenizer_sha256": sha256(model) if model else None,
-        "versions": {"python": platform.python_version(), **{k: _version(k) for k in LIBRARIES}},
+        "versions": library_versions(),
         "git_commit": _git_commit(),
     }
 
@@ -61,6 +61,11 @@ def _mesh_shape(leaves: Mapping[str, Array]) -> dict[str, int]:
         if isinstance(leaf.sharding, NamedSharding):
             return dict(leaf.sharding.mesh.shape)
     return {}
+
+
+def library_versions() -> dict[str, str | None]:
+    """Python's version and those of the libraries that a run's numbers depend on."""
+    return {"python": platform.python_version(), **{k: _version(k) for k in LIBRARIES}}
 
 
 def _version(name: str) -> str | None:

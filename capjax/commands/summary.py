@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import importlib.metadata
 import platform
 from typing import Any
 
@@ -10,12 +9,11 @@ import jax
 from etils import epath
 
 from capjax.checkpoint import RunInfo
+from capjax.checkpoint.metadata import library_versions
 from capjax.commands.build import Plan
 from capjax.commands.settings import resolved_dict
 from capjax.training.loop import TrainSummary
 from capjax.training.progress import process_age_s
-
-LIBRARIES = ("capjax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 def run_info(plan: Plan) -> RunInfo:
@@ -57,8 +55,7 @@ def run_summary(plan: Plan, summary: TrainSummary, bad: dict[str, int]) -> dict[
         "bad_records": bad,
         "devices": devices(),
         "mesh": dict(plan.mesh.shape),
-        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES}
-        | {"python": platform.python_version()},
+        "versions": library_versions(),
         "machine": f"{platform.system()} {platform.machine()}",
     }
     return facts | summary._asdict()

@@ -1,7 +1,9 @@
 """A finished checkpoint serves its model alone, with capjax and without."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,14 +12,7 @@ import pytest
 from capjax.checkpoint import load_params
 from capjax.errors import UserError
 
-# As in the README.
-PLAIN_JAX = """
-import os, jax, numpy as np, orbax.checkpoint as ocp
-path = os.path.abspath("runs/quickstart/checkpoints/00000700/state")
-tree = ocp.PyTreeCheckpointer().metadata(path).item_metadata.tree
-as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-params = ocp.PyTreeCheckpointer().restore(path, restore_args=as_numpy)["params"]
-"""
+README = Path(__file__).parents[2] / "README.md"
 PRINT = """
 import sys
 for path, x in jax.tree.leaves_with_path(params):
@@ -86,7 +81,14 @@ def test_plain_jax_reads_the_parameters(saved, workdir, tmp_path):
     """On another number of devices, warnings being errors, and without capjax."""
     (tmp_path / "runs").mkdir()
     workdir.rename(tmp_path / "runs" / "quickstart")
-    command = [sys.executable, "-W", "error", "-c", PLAIN_JAX + PRINT]
+    (snippet,) = (
+        block
+        for block in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+        if "orbax.checkpoint" in block
+    )
+    assert sum(bool(line) for line in snippet.splitlines()) == 5
+    snippet = re.sub(r"checkpoints/\d+", "checkpoints/00000700", snippet)
+    command = [sys.executable, "-W", "error", "-c", snippet + PRINT]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""

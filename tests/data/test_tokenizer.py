@@ -156,3 +156,14 @@ def test_a_model_with_other_special_ids_is_refused():
     )
     with pytest.raises(UserError, match=r"ids \(-1, 2, 0\), expected \(0, 1, 2\)"):
         Tokenizer.from_bytes(model.getvalue())
+
+
+def test_pieces_may_span_words():
+    """Parts of set phrases become one piece, and the same text comes back."""
+    texts = [f"{who}: {tone} skin tone" for who in ("cook", "pilot") for tone in ("dark", "light")]
+    phrases = Tokenizer.train(texts * 5, 330, split_by_whitespace=False)
+    words = Tokenizer.train(texts * 5, 330)
+    assert any("skin" in piece and "tone" in piece for piece in phrases.pieces(texts[0]))
+    assert not any("skin" in piece and "tone" in piece for piece in words.pieces(texts[0]))
+    for text in texts:
+        assert phrases.decode(phrases.encode(text, 30)) == text
