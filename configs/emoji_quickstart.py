@@ -89,10 +89,10 @@ def get_config(arg: str = "") -> ConfigDict:
     config.log_every_steps = 10
     config.evaluate = ConfigDict(
         {
-            "every_steps": 1000,
+            "every_steps": 400,
             "batch_size": 128,
             # During training so many examples of each split are used; at the end all of them.
-            "max_examples": 256,
+            "max_examples": 128,
             "splits": {
                 "composition": "emoji:composition",
                 "style": "emoji:style",

@@ -17,7 +17,7 @@ from capjax.reporting.charts import Series, line_chart
 from capjax.training.workdir import write_atomic
 
 TILE_PIXELS = 128
-SMOOTHING = 0.95
+SMOOTHING = 0.8
 # Charts of the page, in order: title, what a metric's name must end with, smoothing.
 _TRAIN_CHARTS = (
     ("Training loss", ("train/loss", "train/causal_loss", "train/parallel_loss"), SMOOTHING),
@@ -32,7 +32,7 @@ _EVAL_METRICS = {
     "perplexity": "perplexity",
     "parallel_loss": "parallel loss (nats a token)",
     "parallel_perplexity": "parallel perplexity",
-    "shuffled_loss": "loss with shuffled images",
+    "shuffled_images_loss": "loss with shuffled images",
     "distinct_ratio": "distinct captions",
 }
 
@@ -105,6 +105,8 @@ def _charts(metrics: list[dict[str, Any]]) -> list[str]:
         lines = [series_of(metrics, name, name.removeprefix("train/")) for name in names]
         charts.append(line_chart(title, lines, smooth=smooth))
     for suffix, title in _EVAL_METRICS.items():
+        if "perplexity" in suffix:  # the exponential of a loss that has its chart
+            continue
         lines = [
             series_of(metrics, f"eval/{split}/{suffix}", split) for split in _eval_splits(metrics)
         ]
