@@ -60,7 +60,6 @@ def train_run(plan, workdir) -> None:
     from capjax.training.metrics import make_writers
     from capjax.training.profile import Tracer
     from capjax.training.progress import Progress
-    from capjax.training.state import jit_init
     from capjax.training.workdir import write_atomic
 
     config, root = plan.config, workdir.path
@@ -81,7 +80,7 @@ def train_run(plan, workdir) -> None:
         )
         restored = checkpointer.restore_latest(plan.abstract_state)
         if restored is None:
-            start_step, state = 0, jit_init(plan.init_state)()
+            start_step, state = 0, jax.jit(plan.init_state)()
         else:
             start_step, state, _ = restored
             progress.say(f"resuming after step {start_step} in {root}")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from capjax.dims import Array, Int, Params, PRNGKeyArray
+from capjax.mesh import reshard
 
 
 class TrainState(NamedTuple):
@@ -24,23 +25,14 @@ def init_state(
     tx: optax.GradientTransformation,
     seed: int | Int[Array, ""],
 ) -> TrainState:
-    """The state before the first step. Call under `jit_init`, within `jax.set_mesh`.
+    """The state before the first step. Call under `jax.jit`, within `jax.set_mesh`.
 
     `init_params` lays the parameters out on the mesh. The optimizer's moments are made from the
     parameters' types, which carry the sharding, so each moment is split as its parameter is.
-    `jax.eval_shape` of this gives the abstract state to restore into; its leaves name their
-    shardings, except the scalars `step` and optimizer counts, which are replicated.
+    `jax.eval_shape` of this gives the abstract state to restore into, every leaf with its sharding.
     """
     params_key, train_key = jax.random.split(jax.random.key(seed))
     params = init_params(params_key)
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), train_key)
-
-
-def jit_init(init: Callable[[], TrainState]) -> Callable[[], TrainState]:
-    """`jax.jit` for a program that runs once.
-
-    Drawing many random arrays makes a program that is long to compile and quick to run, so on the
-    CPU it is optimized less: compiled in a third of the time, to the same numbers bit for bit.
-    """
-    options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
-    return jax.jit(init, compiler_options=options)
+    state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), train_key)
+    # What is made of nothing, like the counts, has no mesh in its type until it is put on one.
+    return jax.tree.map(lambda x: reshard(x, jax.typeof(x).sharding.spec), state)

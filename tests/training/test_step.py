@@ -15,7 +15,7 @@ from capjax.models.captioner import Captioner, CaptionerConfig
 from capjax.objectives.captioning import captioning_loss
 from capjax.objectives.metrics import masked_mean
 from capjax.training.optimizer import OptimizerConfig, make_optimizer
-from capjax.training.state import init_state, jit_init
+from capjax.training.state import init_state
 from capjax.training.step import make_train_step
 
 TX, SCHEDULE = make_optimizer(OptimizerConfig(warmup_steps=2), 10)
@@ -55,7 +55,7 @@ def run(shape, *, batches, accumulation_steps=1, loss_fn=linear_loss, params_and
     )
     metrics = []
     with jax.set_mesh(mesh):
-        state = jit_init(lambda: init_state(init_params, TX, 0))()
+        state = jax.jit(lambda: init_state(init_params, TX, 0))()
         if params_and_specs:
             params = place_tree(mesh, *params_and_specs)
             state = state._replace(params=params, opt_state=jax.jit(TX.init)(params))
