@@ -144,7 +144,7 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(
     status = cli.main(["train", f"--config={config}", f"--workdir={workdir}"])
     error = capsys.readouterr().err
     assert status == 2
-    assert "training became non-finite at step" in error
+    assert "training is not finite at step" in error
     assert "is kept" in error
     params = load_params(workdir).params
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
