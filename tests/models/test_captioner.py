@@ -93,6 +93,10 @@ def test_initial_parameters(config, batch):
     assert kernel.shape == (3, 16, 2, 3, 8)
     assert not np.any(kernel[0] == kernel[1])
     assert not np.any(kernel[..., 0, :] == kernel[..., 1, :])
+    heads = [np.ravel(x)[:100] for x in jax.tree.leaves(params)]
+    drawn = [head for head in heads if head.size == 100 and np.std(head) > 0]
+    correlation = np.corrcoef(drawn) - np.eye(len(drawn))
+    assert len(drawn) > 12 and np.abs(correlation).max() < 0.5
     # With a head of zeros every token is equally likely.
     patches = model.encode(params, batch["image"])
     logits = model.logits(params, model.hidden(params, batch["tokens"], patches))
