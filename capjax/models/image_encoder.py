@@ -1,5 +1,6 @@
 """The image encoder: a plain ViT without class token; its output is the whole patch sequence."""
 
+import dataclasses
 import math
 
 import jax.numpy as jnp
@@ -7,12 +8,87 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from capjax.dims import Array, Float
+from capjax.dims import Array, Float, UInt8
+from capjax.errors import UserError
 from capjax.mesh import BATCH, embedding_LD, kernel_HWCD, out_sharding
 from capjax.models.attention import SelfAttention
 from capjax.models.layers import LayerNorm, Mlp, Projection
 from capjax.models.parameters import lecun_normal, normal, parameter, use, xavier_uniform
-from capjax.models.stack import run_stack, stack
+from capjax.models.stack import REMAT_POLICIES, run_stack, stack
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageEncoderConfig:
+    """Sizes and numerics of an image encoder, and of whatever stands on it.
+
+    Attributes:
+      image_size: height and width of the images, in pixels; a multiple of `patch_size`.
+      mlp_dim: hidden units of each MLP.
+      posemb: "learn", or "sincos2d" for fixed positions (of image and text).
+      dtype: "float32" or "bfloat16" for the computation; parameters are always float32.
+      remat: what the backward pass recomputes: "none", "dots" or "full" (see `run_stack`).
+      scan: one compiled block under `lax.scan`; False unrolls: slower to compile, faster to run.
+    """
+
+    image_size: int
+    patch_size: int
+    width: int
+    depth: int
+    num_heads: int
+    mlp_dim: int
+    posemb: str = "learn"
+    dtype: str = "float32"
+    remat: str = "none"
+    scan: bool = True
+
+    def __post_init__(self):
+        self.check_choice("posemb", ("learn", "sincos2d"))
+        self.check_choice("dtype", ("float32", "bfloat16"))
+        self.check_choice("remat", REMAT_POLICIES)
+        self.check_at_least_one(
+            "image_size", "patch_size", "width", "depth", "num_heads", "mlp_dim"
+        )
+        if self.image_size % self.patch_size:
+            raise UserError(
+                f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}"
+            )
+        self.check_heads("")
+
+    def check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        """Raises `UserError` unless the field holds one of `choices`."""
+        if getattr(self, name) not in choices:
+            raise UserError(f"{name}={getattr(self, name)!r}: choose one of {choices}")
+
+    def check_at_least_one(self, *names: str) -> None:
+        """Raises `UserError` unless each field is 1 or more."""
+        for name in names:
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)}: expected 1 or more")
+
+    def check_heads(self, prefix: str) -> None:
+        """Raises `UserError` unless the heads of the tower `prefix` divide its width."""
+        width, heads = getattr(self, f"{prefix}width"), getattr(self, f"{prefix}num_heads")
+        if width % heads:
+            raise UserError(f"{prefix}width={width} is not a multiple of {prefix}num_heads={heads}")
+        if self.posemb == "sincos2d" and (width % 4 or width < 8):
+            raise UserError(f"{prefix}width={width}: sincos2d needs a multiple of 4 from 8 up")
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+def normalize(
+    images_BHWC: UInt8[Array, "B H W C"] | Float[Array, "B H W C"], config: ImageEncoderConfig
+) -> Float[Array, "B H W C"]:
+    """Images in the compute type; uint8 becomes x / 127.5 - 1. Raises `UserError` for the size."""
+    size = config.image_size
+    if images_BHWC.shape[1:] != (size, size, 3):
+        raise UserError(f"images of shape {images_BHWC.shape}: expected (batch, {size}, {size}, 3)")
+    if images_BHWC.dtype == jnp.uint8:
+        images_BHWC = images_BHWC.astype(jnp.float32) / 127.5 - 1
+    return images_BHWC.astype(config.dtype)
 
 
 def sincos2d(height: int, width: int, features: int) -> np.ndarray:
@@ -45,32 +121,22 @@ class EncoderBlock(nnx.Module):
 class ImageEncoder(nnx.Module):
     """Images (B, H, W, 3) in [-1, 1] to patches (B, P, D)."""
 
-    def __init__(
-        self,
-        *,
-        image_size: int,
-        patch_size: int,
-        width: int,
-        depth: int,
-        num_heads: int,
-        mlp_dim: int,
-        posemb: str,
-        scan: bool,
-        remat: str,
-    ):
-        shape = (patch_size, patch_size, 3)
+    def __init__(self, config: ImageEncoderConfig):
+        width = config.width
+        shape = (config.patch_size, config.patch_size, 3)
         law = lecun_normal(math.prod(shape), width)
         self.patch_embedding = Projection(shape, (width,), kernel_HWCD, law, use_bias=True)
-        self.grid = image_size // patch_size
+        self.grid = config.image_size // config.patch_size
         self.position_embedding = (
             parameter(normal(width**-0.5), (self.grid**2, width), embedding_LD)
-            if posemb == "learn"
+            if config.posemb == "learn"
             else None
         )
-        self.blocks = stack(EncoderBlock(width, num_heads, mlp_dim), depth)
+        block = EncoderBlock(width, config.num_heads, config.mlp_dim)
+        self.blocks = stack(block, config.depth)
         self.norm = LayerNorm(width)
-        self.scan = scan
-        self.remat = remat
+        self.scan = config.scan
+        self.remat = config.remat
 
     def embed_patches(self, images_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B P D"]:
         """The patches, each through one matmul (as a convolution of stride `patch_size` would)."""

@@ -59,7 +59,7 @@ def parity(request):
     @jax.jit
     def compute(params, images, labels, class_labels, mixed):
         length, batch = labels.shape[1], len(labels)
-        encoder = model._module(params).encoder
+        encoder = model.module(params).encoder
         stem = encoder.embed_patches(images)
         patches = model.encode(params, images)
 
