@@ -22,6 +22,7 @@ from capjax.errors import UserError
 from capjax.mesh import MeshShape, check_batch_size, make_mesh
 from capjax.models.captioner import Captioner, CaptionerConfig
 from capjax.objectives.captioning import CaptioningObjective, captioning_loss
+from capjax.objectives.objective import mean_over_rows
 from capjax.training.optimizer import OptimizerConfig, duration, make_optimizer
 from capjax.training.state import TrainState, init_state
 from capjax.training.step import make_train_step
@@ -67,7 +68,9 @@ def build_run(config: ConfigDict, workdir: str) -> Plan:
     model = build_model(config, tokenizer.vocab_size)
     total_steps, tx, learning_rate = build_optimizer(config, len(source) if source else None)
     objective = from_dataclass_kwargs(CaptioningObjective, config.objective, "objective")
-    loss = functools.partial(captioning_loss, model, **dataclasses.asdict(objective))
+    loss = mean_over_rows(
+        functools.partial(captioning_loss, model, **dataclasses.asdict(objective))
+    )
     start = functools.partial(init_state, model.init, tx, config.seed)
     with jax.set_mesh(mesh):
         abstract_state = jax.eval_shape(start)

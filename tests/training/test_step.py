@@ -14,6 +14,7 @@ from capjax.mesh import BATCH, MeshShape, make_mesh, out_sharding, place_batch, 
 from capjax.models.captioner import Captioner, CaptionerConfig
 from capjax.objectives.captioning import captioning_loss
 from capjax.objectives.metrics import masked_mean
+from capjax.objectives.objective import Loss, mean_over_rows
 from capjax.training.optimizer import OptimizerConfig, make_optimizer
 from capjax.training.state import init_state
 from capjax.training.step import make_train_step
@@ -50,9 +51,8 @@ def run(shape, *, batches, accumulation_steps=1, loss_fn=linear_loss, params_and
     """The state after `batches`, and the metrics of each step, on the host."""
     sizes = [size for size in (shape.replica, shape.data, shape.fsdp, shape.tensor) if size > 0]
     mesh = make_mesh(shape, devices=jax.devices()[: int(np.prod(sizes))])
-    step = make_train_step(
-        loss_fn, TX, learning_rate=SCHEDULE, accumulation_steps=accumulation_steps
-    )
+    loss = loss_fn if isinstance(loss_fn, Loss) else mean_over_rows(loss_fn)
+    step = make_train_step(loss, TX, learning_rate=SCHEDULE, accumulation_steps=accumulation_steps)
     metrics = []
     with jax.set_mesh(mesh):
         state = jax.jit(lambda: init_state(init_params, TX, 0))()
@@ -114,6 +114,47 @@ def test_repeated_runs_are_bitwise_equal():
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
+def gram_loss(together=1):
+    """Rows that meet: the squares of all pairs' products, beside noise shared by neighbours."""
+
+    def prepare(batch, key):
+        weight_B = jnp.abs(batch["x"][:, 0])
+        return batch | {"weight": weight_B / jnp.mean(weight_B)}
+
+    def rows(params, batch, key):
+        kernel = reshard(params["kernel"], P(None, "tensor"))
+        y = jnp.einsum("bd,df->bf", batch["x"], kernel, out_sharding=out_sharding(P(BATCH, None)))
+        groups = y.reshape(
+            (len(y) // together, together, -1), out_sharding=out_sharding(P(BATCH, None, None))
+        )
+        spread_G = jnp.mean(jnp.square(groups - groups.mean(1, keepdims=True)), (1, 2))
+        loss = jnp.mean(batch["weight"] * jnp.mean(y**2, 1)) + jnp.mean(spread_G)
+        return loss, {}, {"y": y, "sum": y.sum(1)}
+
+    def across(params, embeddings):
+        y = reshard(embeddings["y"], P(None, None))
+        pairs = jnp.einsum("bf,cf->bc", y, y)
+        scale = jnp.mean(params["kernel"])
+        loss = scale * jnp.mean(pairs**2) + jnp.var(embeddings["sum"])
+        return loss, {"pairs": jnp.mean(pairs)}
+
+    return Loss(rows, across, prepare, rows_together=together)
+
+
+@pytest.mark.parametrize("together", [1, 2])
+@pytest.mark.parametrize(("shape", "accumulation_steps"), [(ONE, 4), (MeshShape(data=4), 2)])
+def test_rows_that_meet_meet_across_microbatches(shape, accumulation_steps, together):
+    run_it = functools.partial(
+        run,
+        batches=[linear_batch(seed) for seed in range(3)],
+        loss_fn=gram_loss(together),
+    )
+    want = run_it(ONE)
+    found = run_it(shape, accumulation_steps=accumulation_steps)
+    assert_trees_close(found, want, 1e-5)
+    assert {"pairs", "loss"} <= found[1][0].keys()
+
+
 def test_accumulation_must_divide_the_batch():
     with pytest.raises(UserError, match="accumulation_steps=3 does not divide the batch of 16"):
         run(ONE, batches=[linear_batch()], accumulation_steps=3)
@@ -150,7 +191,7 @@ def test_a_gradient_that_is_not_finite_counts_though_the_loss_is():
 
 def test_many_steps_compile_once_and_give_up_the_old_state(caplog):
     mesh = make_mesh(MeshShape(data=4, fsdp=2))
-    step = make_train_step(linear_loss, TX, learning_rate=SCHEDULE)
+    step = make_train_step(mean_over_rows(linear_loss), TX, learning_rate=SCHEDULE)
     with jax.set_mesh(mesh), jax.log_compiles(), caplog.at_level(logging.WARNING):
         state = jax.jit(lambda: init_state(init_params, TX, 0))()
         for seed in range(4):

@@ -20,6 +20,7 @@ from capjax.data.pipeline import synthetic_batches
 from capjax.mesh import MeshShape, make_mesh, place_batch
 from capjax.models.captioner import Captioner, CaptionerConfig
 from capjax.objectives.captioning import captioning_loss
+from capjax.objectives.objective import mean_over_rows
 from capjax.training.optimizer import OptimizerConfig, make_optimizer
 from capjax.training.progress import peak_flops
 from capjax.training.state import init_state
@@ -71,7 +72,7 @@ def measure(args: argparse.Namespace, remat: str) -> dict[str, object]:
     model = captioner(args, remat)
     tx, schedule = make_optimizer(OptimizerConfig(), 1000)
     loss = functools.partial(captioning_loss, model, parallel_fraction=0.75)
-    step = make_train_step(loss, tx, learning_rate=schedule)
+    step = make_train_step(mean_over_rows(loss), tx, learning_rate=schedule)
     with jax.set_mesh(mesh):
         state = jax.jit(functools.partial(init_state, model.init, tx, 0))()
         rows = synthetic_batches(
