@@ -1,7 +1,7 @@
-"""Weights of big_vision's CapPa in and out: `.npz` files with `/`-joined names.
+"""Weights of big_vision in and out: `.npz` files with `/`-joined names.
 
 Both of its layouts are read and written: "loop" (one entry per block) and "scan" (blocks stacked on
-axis 0 in the encoder and on axis 1 in the decoder). Source: `models/proj/cappa/cappa.py`,
+axis 0 in encoders and on axis 1 in CapPa's decoder). Source: `models/proj/cappa/cappa.py`,
 `models/vit.py` and `utils.py` of google-research/big_vision.
 """
 
@@ -9,35 +9,40 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
-import ml_dtypes
 import numpy as np
 
 from capjax.dims import Params
 from capjax.errors import UserError
+from capjax.interop.mapping import (
+    FlatArrays,
+    Index,
+    Leaf,
+    Shapes,
+    Table,
+    depth_of,
+    export,
+    fill,
+    leaves,
+    shapes_of,
+    used_rows,
+)
 from capjax.models import Captioner, CaptionerConfig
 
 LAYOUTS = ("loop", "scan")
-FlatArrays = dict[str, np.ndarray]
 
-# Their name, ours. Leaves of ours that a configuration lacks are skipped.
-_OUTSIDE_BLOCKS = (
-    ("encoder/embedding/kernel", "encoder/patch_embedding/kernel"),
-    ("encoder/embedding/bias", "encoder/patch_embedding/bias"),
-    ("encoder/pos_embedding", "encoder/position_embedding"),
-    ("encoder/Transformer/encoder_norm/scale", "encoder/norm/scale"),
-    ("encoder/Transformer/encoder_norm/bias", "encoder/norm/bias"),
-    ("pos_embedding_decoder", "decoder/position_embedding"),
-    ("decoder/EmbedTargets/embedding", "decoder/token_embedding/embedding"),
-    ("decoder/LayerNorm/scale", "decoder/norm/scale"),
-    ("decoder/LayerNorm/bias", "decoder/norm/bias"),
-    ("decoder/LogitsDense/kernel", "decoder/head/kernel"),
-    ("decoder/LogitsDense/bias", "decoder/head/bias"),
-)
 
-# Their module in a block, ours, and which of the kernels that we keep side by side it is.
+class _Stack(NamedTuple):
+    """A stack of blocks: theirs is `name/...` in scan layout, `name<separator>0/...` in loop."""
+
+    name: str
+    separator: str
+    axis: int  # on which the scan layout stacks
+    path: str  # ours
+    modules: tuple[tuple[str, str, int | None], ...]
+
+
 _ENCODER_BLOCK = (
     ("LayerNorm_0", "attention_norm", None),
     ("MultiHeadDotProductAttention_0/query", "attention/qkv", 0),
@@ -63,10 +68,20 @@ _DECODER_BLOCK = (
     ("MLP/Dense_0", "mlp/up", None),
     ("MLP/Dense_1", "mlp/down", None),
 )
-# Their blocks (scan layout; "loop" appends the number), the axis they stack on, ours, the table.
-_STACKS = (
-    ("encoder/Transformer/encoderblock", "_", 0, "encoder/blocks", _ENCODER_BLOCK),
-    ("decoder/EncDecBlock", "", 1, "decoder/blocks", _DECODER_BLOCK),
+_CAPTIONER_MODULES = (
+    ("encoder/embedding", "encoder/patch_embedding", None),
+    ("encoder/Transformer/encoder_norm", "encoder/norm", None),
+    ("decoder/EmbedTargets", "decoder/token_embedding", None),
+    ("decoder/LayerNorm", "decoder/norm", None),
+    ("decoder/LogitsDense", "decoder/head", None),
+)
+_CAPTIONER_TABLE = {
+    "encoder/pos_embedding": Leaf("encoder/position_embedding", groups=((), (0,), (1,))),
+    "pos_embedding_decoder": Leaf("decoder/position_embedding", groups=((), (0,), (1,))),
+}
+_CAPTIONER_STACKS = (
+    _Stack("encoder/Transformer/encoderblock", "_", 0, "encoder/blocks", _ENCODER_BLOCK),
+    _Stack("decoder/EncDecBlock", "", 1, "decoder/blocks", _DECODER_BLOCK),
 )
 
 
@@ -90,15 +105,10 @@ def captioner_from_npz(
     """
     arrays = _read(source)
     config = _infer_config(arrays, image_size, text_length, numerics)
-    params = jax.tree.map(
-        lambda x: np.zeros(x.shape, np.float32), Captioner(config).abstract_params()
-    )
-    layout = "scan" if any(name.startswith(f"{_STACKS[0][0]}/") for name in arrays) else "loop"
-    views = captioner_to_arrays(config, params, layout=layout)
-    _check_equal(arrays, views)
-    for name, view in views.items():
-        view[...] = arrays[name]
-    return config, params
+    shapes = shapes_of(Captioner(config).abstract_params())
+    layout = _layout_of(arrays, _CAPTIONER_STACKS)
+    table = _captioner_table(config, shapes, layout)
+    return config, fill(table, arrays, shapes, "a big_vision CapPa")
 
 
 def captioner_to_npz(
@@ -117,41 +127,46 @@ def captioner_to_arrays(
     """
     if layout not in LAYOUTS:
         raise UserError(f"layout={layout!r}: choose one of {LAYOUTS}")
-    ours = {name: np.asarray(x) for name, x in _flatten(params).items()}
-    used = _used_sizes(config)
-    arrays = {}
-    for theirs, name in _OUTSIDE_BLOCKS:
-        if name in ours:
-            x = ours[name][used.get(name, ())]
-            arrays[theirs] = x[None] if "pos_embedding" in theirs else x
-    for root, separator, axis, our_root, table in _STACKS:
-        for module, our_module, part in table:
-            for leaf in ("kernel", "scale", "bias"):
-                stacked = ours.get(f"{our_root}/{our_module}/{leaf}")
-                if stacked is None:
-                    continue
-                if part is not None:
-                    stacked = stacked[..., part, :]
-                if layout == "scan":
-                    arrays[f"{root}/{module}/{leaf}"] = np.moveaxis(stacked, 0, axis)
-                    continue
-                for i, x in enumerate(stacked):
-                    arrays[f"{root}{separator}{i}/{module}/{leaf}"] = x
-    return arrays
+    return export(_captioner_table(config, shapes_of(params), layout), params)
 
 
-def _used_sizes(config: CaptionerConfig) -> dict[str, tuple[slice, ...]]:
-    """Of the arrays that we pad, the part that is used."""
+def _captioner_table(config: CaptionerConfig, shapes: Shapes, layout: str) -> Table:
     tokens = slice(config.vocab_size)
-    return {
+    used: dict[str, Index] = {
         "decoder/token_embedding/embedding": (slice(config.num_embeddings),),
         "decoder/head/kernel": (slice(None), tokens),
         "decoder/head/bias": (tokens,),
     }
+    table = {name: leaf for name, leaf in _CAPTIONER_TABLE.items() if leaf.path in shapes}
+    table |= {f"{name}/{x}": leaf for name, x, leaf in leaves(_CAPTIONER_MODULES, shapes)}
+    for stack in _CAPTIONER_STACKS:
+        table |= _stack_table(stack, shapes, layout)
+    return used_rows(table, used)
 
 
-def _read(source: str | Path | Mapping[str, np.ndarray]) -> FlatArrays:
-    """The arrays at the parameters' own names, as float32."""
+def _stack_table(stack: _Stack, shapes: Shapes, layout: str) -> Table:
+    if layout == "loop":
+        return {
+            f"{stack.name}{stack.separator}{i}/{module}/{x}": leaf
+            for i in range(depth_of(shapes, stack.path))
+            for module, x, leaf in leaves(stack.modules, shapes, stack.path, i)
+        }
+    table = {}
+    for module, x, leaf in leaves(stack.modules, shapes, stack.path):
+        axes = list(range(1, len(shapes[leaf.path]) - (len(leaf.index) > 1)))
+        axes.insert(stack.axis, 0)
+        groups = tuple((axis,) for axis in axes)
+        table[f"{stack.name}/{module}/{x}"] = leaf._replace(groups=groups)
+    return table
+
+
+def _layout_of(arrays: Mapping[str, np.ndarray], stacks: tuple[_Stack, ...]) -> str:
+    in_scan = any(name.startswith(f"{stack.name}/") for stack in stacks for name in arrays)
+    return "scan" if in_scan else "loop"
+
+
+def _read(source: str | Path | Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """The arrays at the parameters' own names."""
     if not isinstance(source, Mapping):
         try:
             with np.load(source, allow_pickle=False) as file:
@@ -161,25 +176,20 @@ def _read(source: str | Path | Mapping[str, np.ndarray]) -> FlatArrays:
     for prefix in ("params/", "opt/target/"):
         if any(name.startswith(prefix) for name in source):
             names = [name for name in source if name.startswith(prefix)]
-            source = {name.removeprefix(prefix): source[name] for name in names}
-            break
-    return {name: _to_float32(np.asarray(x)) for name, x in source.items()}
-
-
-def _to_float32(x: np.ndarray) -> np.ndarray:
-    # numpy writes bfloat16 into a file as raw items of 2 bytes.
-    if x.dtype.kind == "V" and x.dtype.itemsize == 2:
-        x = x.view(ml_dtypes.bfloat16)
-    return x.astype(np.float32)
+            return {name.removeprefix(prefix): source[name] for name in names}
+    return source
 
 
 def _infer_config(
-    arrays: FlatArrays, image_size: int | None, text_length: int | None, numerics: dict
+    arrays: Mapping[str, np.ndarray],
+    image_size: int | None,
+    text_length: int | None,
+    numerics: dict,
 ) -> CaptionerConfig:
     """The configuration that these arrays are of, if they are a CapPa's at all."""
     shapes = {name: x.shape for name, x in arrays.items()}
-    depths = [_add_any_block(shapes, *stack[:3]) for stack in _STACKS]
-    encoder, decoder = (f"{stack[0]}*" for stack in _STACKS)
+    depths = [_add_any_block(shapes, stack) for stack in _CAPTIONER_STACKS]
+    encoder, decoder = (f"{stack.name}*" for stack in _CAPTIONER_STACKS)
     needed = (
         "encoder/embedding/kernel",
         f"{encoder}/MultiHeadDotProductAttention_0/query/kernel",
@@ -219,38 +229,17 @@ def _infer_config(
     )
 
 
-def _add_any_block(shapes: dict[str, tuple[int, ...]], root: str, separator: str, axis: int) -> int:
-    """Adds the shapes in one block of a stack as `root*/...`; returns the number of blocks."""
+def _add_any_block(shapes: Shapes, stack: _Stack) -> int:
+    """Adds the shapes in one block of a stack as `name*/...`; returns the number of blocks."""
     depth = 0
     for name, shape in list(shapes.items()):
-        match = re.fullmatch(rf"{root}(?:{separator}(\d+))?/(.+)", name)
+        match = re.fullmatch(rf"{stack.name}(?:{stack.separator}(\d+))?/(.+)", name)
         if match is None:
             continue
         number, rest = match.groups()
-        depth = max(depth, shape[axis] if number is None else int(number) + 1)
-        shapes[f"{root}*/{rest}"] = shape[:axis] + shape[axis + 1 :] if number is None else shape
+        if number is None:
+            depth = max(depth, shape[stack.axis])
+            shape = shape[: stack.axis] + shape[stack.axis + 1 :]
+        depth = max(depth, 0 if number is None else int(number) + 1)
+        shapes[f"{stack.name}*/{rest}"] = shape
     return depth
-
-
-def _check_equal(arrays: FlatArrays, expected: FlatArrays) -> None:
-    missing = sorted(expected.keys() - arrays.keys())
-    extra = sorted(arrays.keys() - expected.keys())
-    shapes = [
-        f"{name} {arrays[name].shape} instead of {x.shape}"
-        for name, x in sorted(expected.items())
-        if name in arrays and arrays[name].shape != x.shape
-    ]
-    differences = [
-        f"{what}: {', '.join(names)}"
-        for what, names in (("missing", missing), ("not used", extra), ("shapes", shapes))
-        if names
-    ]
-    if differences:
-        raise UserError(f"not the weights of a big_vision CapPa: {'; '.join(differences)}")
-
-
-def _flatten(params: Params) -> dict[str, Any]:
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): x
-        for path, x in jax.tree.leaves_with_path(params)
-    }
