@@ -30,6 +30,7 @@ NUM_CHUNKS = 8
 class _Settings(NamedTuple):
     vocab_size: int
     label_smoothing: float
+    z_loss: float
     chunk: int | None  # tokens
     batch_axes: tuple[str, ...] = ()  # the mesh axes over which T is split
     vocab_axis: str | None = None  # the one over which V is split
@@ -54,7 +55,7 @@ def token_nll(
     Differentiable for any cotangent: the backward pass computes the logits again, four matrix
     products in all. Where the weights are known beforehand, `weighted_nll` needs three.
     """
-    settings = _Settings(vocab_size, label_smoothing, chunk)
+    settings = _Settings(vocab_size, label_smoothing, 0.0, chunk)
     rows = (labels_BL,)
     return _per_device(_plain, settings, hidden_BLE, kernel_EV, bias_V, rows)[1]
 
@@ -68,14 +69,16 @@ def weighted_nll(
     *,
     vocab_size: int,
     label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
     chunk: int | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "B L"]]:
-    """(sum of weights * nll, nll_BL), as `token_nll`; the second carries no gradient.
+    """(sum of weights * cost, nll_BL), nll as `token_nll`; the second carries no gradient.
 
-    As the weights are known, the gradients are formed while a chunk's logits are at hand: three
-    matrix products in all.
+    The cost of a token is nll + `z_loss` * logsumexp(logits)^2, which keeps the logits near those
+    of a normalised distribution (PaLM, Chowdhery et al. 2022). As the weights are known, the
+    gradients are formed while a chunk's logits are at hand: three matrix products in all.
     """
-    settings = _Settings(vocab_size, label_smoothing, chunk)
+    settings = _Settings(vocab_size, label_smoothing, z_loss, chunk)
     rows = (labels_BL, weights_BL)
     return _per_device(_weighted, settings, hidden_BLE, kernel_EV, bias_V, rows)
 
@@ -120,7 +123,7 @@ def _plain(settings: _Settings, hidden_TE, kernel_EV, bias_V, labels_T):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _nll(settings: _Settings, hidden_TE, kernel_EV, bias_V, labels_T):
-    return _walk(settings, hidden_TE, kernel_EV, bias_V, labels_T)
+    return _walk(settings, hidden_TE, kernel_EV, bias_V, labels_T)[0]
 
 
 def _nll_forward(settings, *arguments):
@@ -128,7 +131,7 @@ def _nll_forward(settings, *arguments):
 
 
 def _nll_backward(settings, arguments, cotangent_T):
-    _, gradients = _walk(settings, *arguments, weights_T=cotangent_T)
+    _, _, gradients = _walk(settings, *arguments, weights_T=cotangent_T)
     return *gradients, None
 
 
@@ -137,28 +140,29 @@ _nll.defvjp(_nll_forward, _nll_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _weighted(settings: _Settings, hidden_TE, kernel_EV, bias_V, labels_T, weights_T):
-    nll_T = _walk(settings, hidden_TE, kernel_EV, bias_V, labels_T)
-    return jnp.sum(weights_T * nll_T), nll_T
+    nll_T, cost_T, _ = _walk(settings, hidden_TE, kernel_EV, bias_V, labels_T)
+    return jnp.sum(weights_T * cost_T), nll_T
 
 
 def _weighted_forward(settings, *arguments):
-    nll_T, gradients = _walk(settings, *arguments)
-    return (jnp.sum(arguments[-1] * nll_T), nll_T), (*gradients, nll_T)
+    nll_T, cost_T, gradients = _walk(settings, *arguments)
+    return (jnp.sum(arguments[-1] * cost_T), nll_T), (*gradients, cost_T)
 
 
 def _weighted_backward(settings, residuals, cotangents):
     # The gradients in the residuals are those of the sum; nll_T is for reading only.
-    *gradients, nll_T = ((cotangents[0] * x).astype(x.dtype) for x in residuals)
-    return *gradients, None, nll_T
+    *gradients, cost_T = ((cotangents[0] * x).astype(x.dtype) for x in residuals)
+    return *gradients, None, cost_T
 
 
 _weighted.defvjp(_weighted_forward, _weighted_backward)
 
 
 def _walk(settings: _Settings, hidden_TE, kernel_EV, bias_V, labels_T, weights_T=None):
-    """nll_T, a chunk of real tokens at a time; with weights also sum(weights * nll)'s gradients.
+    """nll_T and cost_T, a chunk of real tokens at a time, and sum(weights * cost)'s gradients.
 
-    The gradients: hidden in its own type, kernel and bias in float32; all of this device alone.
+    The gradients: hidden in its own type, kernel and bias in float32; all of this device alone;
+    () without weights.
     """
     T, E = hidden_TE.shape
     size = settings.chunk or -(-T // NUM_CHUNKS)
@@ -176,18 +180,22 @@ def _walk(settings: _Settings, hidden_TE, kernel_EV, bias_V, labels_T, weights_T
         rows_C = order_XC[i]
         is_real_C = i * size + jnp.arange(size) < num_real
         hidden_CE = hidden_TE[rows_C]
-        nll_C, slope_CV = _chunk(settings, hidden_CE, kernel_EV, bias_V, labels_T[rows_C])
-        nll_XC = carry[0].at[i].set(jnp.where(is_real_C, nll_C, 0))
+        *scores, slope_CV = _chunk(settings, hidden_CE, kernel_EV, bias_V, labels_T[rows_C])
+        scores = [
+            score_XC.at[i].set(jnp.where(is_real_C, score_C, 0))
+            for score_XC, score_C in zip(carry[:2], scores, strict=True)
+        ]
         if weights_T is None:
-            return (nll_XC,)
-        _, hidden_XCE, d_kernel_EV, d_bias_V = carry
+            return tuple(scores)
+        hidden_XCE, d_kernel_EV, d_bias_V = carry[2:]
         slope_CV *= jnp.where(is_real_C, weights_T[rows_C], 0)[:, None]
         d_bias_V += slope_CV.sum(0)
         slope_CV = slope_CV.astype(hidden_TE.dtype)
         hidden_XCE = hidden_XCE.at[i].set(slope_CV @ kernel_EV.T)
-        return nll_XC, hidden_XCE, d_kernel_EV + _matmul(hidden_CE.T, slope_CV), d_bias_V
+        d_kernel_EV += _matmul(hidden_CE.T, slope_CV)
+        return *scores, hidden_XCE, d_kernel_EV, d_bias_V
 
-    carry = _varying((jnp.zeros(order_XC.shape),), settings.batch_axes)
+    carry = _varying((jnp.zeros(order_XC.shape),) * 2, settings.batch_axes)
     if weights_T is not None:
         zeros = (
             jnp.zeros((*order_XC.shape, E), hidden_TE.dtype),
@@ -195,17 +203,16 @@ def _walk(settings: _Settings, hidden_TE, kernel_EV, bias_V, labels_T, weights_T
             jnp.zeros(bias_V.shape),
         )
         carry += _varying(zeros, (*settings.batch_axes, *filter(None, [settings.vocab_axis])))
-    nll_XC, *gradients = lax.fori_loop(0, num_live, one_chunk, carry)
+    nll_XC, cost_XC, *gradients = lax.fori_loop(0, num_live, one_chunk, carry)
     place_T = jnp.zeros_like(order_T).at[order_T].set(jnp.arange(T))  # undoes the sort
-    nll_T = nll_XC.reshape(-1)[place_T]
-    if weights_T is None:
-        return nll_T
-    hidden_XCE, *others = gradients
-    return nll_T, (hidden_XCE.reshape(-1, E)[place_T], *others)
+    nll_T, cost_T = nll_XC.reshape(-1)[place_T], cost_XC.reshape(-1)[place_T]
+    if gradients:
+        gradients[0] = gradients[0].reshape(-1, E)[place_T]
+    return nll_T, cost_T, gradients
 
 
 def _chunk(settings: _Settings, hidden_CE, kernel_EV, bias_V, labels_C):
-    """nll_C and its derivative in the logits, slope_CV = probabilities - targets."""
+    """nll_C, cost_C, and the derivative of the cost in the logits, slope_CV."""
     V = bias_V.shape[0]
     axis = settings.vocab_axis
 
@@ -220,15 +227,19 @@ def _chunk(settings: _Settings, hidden_CE, kernel_EV, bias_V, labels_C):
     max_C = lax.pmax(max_C, axis) if axis else max_C
     logsumexp_C = max_C + jnp.log(over_vocab(jnp.exp(logits_CV - max_C[:, None]).sum(1)))
     slope_CV = jnp.exp(logits_CV - logsumexp_C[:, None])
+    if settings.z_loss:
+        slope_CV *= 1 + 2 * settings.z_loss * logsumexp_C[:, None]
     label_logit_C = over_vocab(jnp.where(is_label_CV, logits_CV, 0).sum(1))
-    if not settings.label_smoothing:
-        return logsumexp_C - label_logit_C, slope_CV - is_label_CV
-    off = settings.label_smoothing / (settings.vocab_size - 1)
-    on = 1 - settings.label_smoothing
-    sum_C = over_vocab(jnp.where(is_real_V[None, :], logits_CV, 0).sum(1))
-    nll_C = logsumexp_C - (on - off) * label_logit_C - off * sum_C
-    target_CV = jnp.where(is_label_CV, on, jnp.where(is_real_V, off, 0)[None, :])
-    return nll_C, slope_CV - target_CV
+    if settings.label_smoothing:
+        off = settings.label_smoothing / (settings.vocab_size - 1)
+        on = 1 - settings.label_smoothing
+        sum_C = over_vocab(jnp.where(is_real_V[None, :], logits_CV, 0).sum(1))
+        nll_C = logsumexp_C - (on - off) * label_logit_C - off * sum_C
+        slope_CV -= jnp.where(is_label_CV, on, jnp.where(is_real_V, off, 0)[None, :])
+    else:
+        nll_C = logsumexp_C - label_logit_C
+        slope_CV -= is_label_CV
+    return nll_C, nll_C + settings.z_loss * logsumexp_C**2, slope_CV
 
 
 def _matmul(a, b):

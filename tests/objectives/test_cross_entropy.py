@@ -27,12 +27,13 @@ def arrays(dtype=jnp.float32):
     return hidden_BLE, kernel_EV, bias_V, weights_BL, labels_BL
 
 
-def plain(hidden_BLE, kernel_EV, bias_V, weights_BL, labels_BL, label_smoothing=0.0):
+def plain(hidden_BLE, kernel_EV, bias_V, weights_BL, labels_BL, label_smoothing=0.0, z_loss=0.0):
     logits_BLV = (hidden_BLE @ kernel_EV + bias_V[None, None, :])[..., :VOCAB_SIZE]
     off = label_smoothing / (VOCAB_SIZE - 1)
     targets_BLV = jax.nn.one_hot(labels_BL, VOCAB_SIZE) * (1 - label_smoothing - off) + off
     nll_BL = -jnp.sum(targets_BLV * jax.nn.log_softmax(logits_BLV), -1) * (labels_BL != 0)
-    return jnp.sum(weights_BL * nll_BL), nll_BL
+    penalty_BL = z_loss * jax.nn.logsumexp(logits_BLV, -1) ** 2 * (labels_BL != 0)
+    return jnp.sum(weights_BL * (nll_BL + penalty_BL)), nll_BL
 
 
 def recomputing(hidden_BLE, kernel_EV, bias_V, weights_BL, labels_BL, **options):
@@ -53,8 +54,8 @@ def values_and_gradients(function, arguments, **options):
 
 
 @functools.cache
-def expected_on_one_device(label_smoothing):
-    return values_and_gradients(plain, arrays(), label_smoothing=label_smoothing)
+def expected_on_one_device(**options):
+    return values_and_gradients(plain, arrays(), **options)
 
 
 def assert_close(actual, expected, tolerance=1e-5):
@@ -68,7 +69,33 @@ def assert_close(actual, expected, tolerance=1e-5):
 def test_values_and_gradients_are_those_of_log_softmax(function, chunk, label_smoothing):
     options = {"label_smoothing": label_smoothing, "chunk": chunk}
     actual = values_and_gradients(function, arrays(), **options)
-    assert_close(actual, expected_on_one_device(label_smoothing))
+    assert_close(actual, expected_on_one_device(label_smoothing=label_smoothing))
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk": 5, "label_smoothing": 0.1}])
+def test_z_loss_adds_the_squared_logsumexp_to_the_sum_and_not_to_the_nll(options):
+    actual = values_and_gradients(fused, arrays(), z_loss=0.02, **options)
+    options.pop("chunk", None)
+    assert_close(actual, expected_on_one_device(z_loss=0.02, **options))
+
+
+def test_z_loss_closed_form():
+    # Logits 0, 0, log 2 of the ids 0 to 2: their exponentials sum to 4.
+    bias_V = jnp.log(jnp.array([1.0, 1.0, 2.0]))
+    labels_BL, weights_BL = jnp.array([[2, 1]]), jnp.array([[3.0, 0.5]])
+    arguments = (jnp.zeros((1, 2, 4)), jnp.zeros((4, 3)), bias_V)
+
+    def total(bias_V):
+        options = {"vocab_size": 3, "z_loss": 0.1}
+        return weighted_nll(*arguments[:2], bias_V, labels_BL, weights_BL, **options)
+
+    (value, nll_BL), slope_V = jax.value_and_grad(total, has_aux=True)(bias_V)
+    np.testing.assert_allclose(nll_BL, np.log([[2.0, 4.0]]), rtol=1e-6)
+    expected = 3 * np.log(2) + 0.5 * np.log(4) + 3.5 * 0.1 * np.log(4) ** 2
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    shares_V = np.array([0.25, 0.25, 0.5])
+    plain_V = 3.5 * shares_V - np.array([0, 0.5, 3.0])
+    np.testing.assert_allclose(slope_V, plain_V + 3.5 * 0.1 * 2 * np.log(4) * shares_V, rtol=1e-5)
 
 
 @pytest.mark.parametrize("function", [recomputing, fused])
@@ -187,11 +214,12 @@ def test_memory_stays_below_one_array_of_logits():
     ],
 )
 def test_meshes_agree_with_one_device(function, shape, kernel_spec):
-    expected = expected_on_one_device(0.1)
+    options = {"label_smoothing": 0.1} | ({"z_loss": 0.02} if function is fused else {})
+    expected = expected_on_one_device(**options)
     with jax.set_mesh(make_mesh(MeshShape(*shape))):
         specs = (act_BLD, kernel_spec, P(*kernel_spec[1:]), act_BL, act_BL)
         arguments = [jax.device_put(x, s) for x, s in zip(arrays(), specs, strict=True)]
-        actual = values_and_gradients(function, arguments, label_smoothing=0.1)
+        actual = values_and_gradients(function, arguments, **options)
         assert_close(jax.device_get(actual), expected, 2e-5)
         for gradient, x in zip(actual[1], arguments, strict=False):
             assert jax.typeof(gradient) == jax.typeof(x)
