@@ -1,5 +1,6 @@
 """Multi-head attention: of a sequence to itself, and of text to patches."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -10,7 +11,7 @@ from jax import lax
 from capjax.dims import Array, Float
 from capjax.mesh import kernel_DN3K, kernel_DNK, kernel_NKD
 from capjax.models.layers import Projection
-from capjax.models.parameters import Law
+from capjax.models.parameters import Law, ones, parameter
 
 KernelInit = Callable[[int, int], Law]  # of the kernel's fan in and fan out
 MASKED = float(jnp.finfo(jnp.float32).min)  # finite, so that differences of logits never give NaN
@@ -41,11 +42,14 @@ def attend(
     key_BSNK: Float[Array, "B S N K"],
     value_BSNK: Float[Array, "B S N K"],
     bias_B1LS: Float[Array, "#B 1 #L S"] | None = None,
+    *,
+    implementation: str = "auto",
 ) -> Float[Array, "B L N K"]:
     """Softmax attention. `bias` is 0 where a key may be seen and `MASKED` where not.
 
     It is added rather than selected by, because an addition keeps nothing for the backward pass.
     """
+    del implementation
     query_BLNK = query_BLNK * jnp.asarray(query_BLNK.shape[-1] ** -0.5, query_BLNK.dtype)
     logits_BNLS = jnp.einsum(
         "BLNK,BSNK->BNLS", query_BLNK, key_BSNK, preferred_element_type=jnp.float32
@@ -80,41 +84,113 @@ def split_heads(x_BLN3K: Array) -> list[Array]:
     return [jnp.squeeze(part, 3) for part in parts]
 
 
-class SelfAttention(nnx.Module):
-    """Multi-head self-attention."""
+class HeadNorm(nnx.Module):
+    """LayerNorm without bias over the width of each head, for queries and keys (QK-norm).
 
-    def __init__(self, width: int, num_heads: int, init: KernelInit, *, use_bias: bool):
+    It bounds the attention logits, whose growth makes large models diverge (Dehghani et al. 2023,
+    ViT-22B); in the form of Flax's `MultiHeadDotProductAttention(normalize_qk=True)`.
+    """
+
+    def __init__(self, head_width: int, eps: float):
+        self.scale = parameter(ones, (head_width,))
+        self.eps = eps
+
+    def __call__(self, x_BLNK: Float[Array, "B L N K"]) -> Float[Array, "B L N K"]:
+        return _normalize_heads(x_BLNK, self.scale[...], self.eps)
+
+
+@functools.partial(jax.checkpoint, static_argnums=2)  # keeps the input alone, in its own type
+def _normalize_heads(x_BLNK: Array, scale_K: Array, eps: float) -> Array:
+    x32_BLNK = x_BLNK.astype(jnp.float32)
+    x32_BLNK -= jnp.mean(x32_BLNK, -1, keepdims=True)
+    variance_BLN1 = jnp.mean(jnp.square(x32_BLNK), -1, keepdims=True)
+    y_BLNK = x32_BLNK * lax.rsqrt(variance_BLN1 + eps) * scale_K[None, None, None, :]
+    return y_BLNK.astype(x_BLNK.dtype)
+
+
+class SelfAttention(nnx.Module):
+    """Multi-head self-attention.
+
+    With `qk_norm` queries and keys go through a `HeadNorm` each. `implementation`: see `attend`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        init: KernelInit,
+        *,
+        use_bias: bool,
+        qk_norm: bool = False,
+        implementation: str = "auto",
+        norm_eps: float = 1e-6,
+    ):
         head_width = width // num_heads
         self.qkv = project_heads(width, num_heads, 3, head_width, init, use_bias=use_bias)
         self.out = merge_heads(num_heads, head_width, width, init, use_bias=use_bias)
+        self.query_norm = HeadNorm(head_width, norm_eps) if qk_norm else None
+        self.key_norm = HeadNorm(head_width, norm_eps) if qk_norm else None
+        self.implementation = implementation
 
     def project(self, x_BLD: Float[Array, "B L D"]) -> list[Array]:
         """Query, key and value, each (B, L, N, K)."""
-        return split_heads(self.qkv(x_BLD))
+        query, key, value = split_heads(self.qkv(x_BLD))
+        return [_apply(self.query_norm, query), _apply(self.key_norm, key), value]
 
     def __call__(
         self, x_BLD: Float[Array, "B L D"], bias_B1LS: Array | None = None
     ) -> Float[Array, "B L D"]:
         query, key, value = self.project(x_BLD)
-        return self.out(attend(query, key, value, bias_B1LS))
+        return self.out(attend(query, key, value, bias_B1LS, implementation=self.implementation))
 
 
 class CrossAttention(nnx.Module):
-    """Multi-head attention of text (width E) to patches (width D), without biases."""
+    """Multi-head attention of a sequence (width E) to a memory (width D); options as in self-."""
 
-    def __init__(self, width: int, memory_width: int, num_heads: int, init: KernelInit):
+    def __init__(
+        self,
+        width: int,
+        memory_width: int,
+        num_heads: int,
+        init: KernelInit,
+        *,
+        use_bias: bool = False,
+        qk_norm: bool = False,
+        implementation: str = "auto",
+        norm_eps: float = 1e-6,
+    ):
         head_width = width // num_heads
         shape = (num_heads, head_width)
-        self.query = Projection((width,), shape, kernel_DNK, init(width, width), use_bias=False)
-        self.key_value = project_heads(memory_width, num_heads, 2, head_width, init, use_bias=False)
-        self.out = merge_heads(num_heads, head_width, width, init, use_bias=False)
+        self.query = Projection((width,), shape, kernel_DNK, init(width, width), use_bias=use_bias)
+        self.key_value = project_heads(
+            memory_width, num_heads, 2, head_width, init, use_bias=use_bias
+        )
+        self.out = merge_heads(num_heads, head_width, width, init, use_bias=use_bias)
+        self.query_norm = HeadNorm(head_width, norm_eps) if qk_norm else None
+        self.key_norm = HeadNorm(head_width, norm_eps) if qk_norm else None
+        self.implementation = implementation
 
-    def project_memory(self, patches_BPD: Float[Array, "B P D"]) -> list[Array]:
-        """Key and value of the patches, each (B, P, N, K)."""
-        return split_heads(self.key_value(patches_BPD))
+    def project_query(self, x_BLE: Float[Array, "B L E"]) -> Float[Array, "B L N K"]:
+        """The queries."""
+        return _apply(self.query_norm, self.query(x_BLE))
+
+    def project_memory(self, memory_BPD: Float[Array, "B P D"]) -> list[Array]:
+        """Key and value of the memory, each (B, P, N, K)."""
+        key, value = split_heads(self.key_value(memory_BPD))
+        return [_apply(self.key_norm, key), value]
+
+    def attend(
+        self, query_BLNK: Float[Array, "B L N K"], memory: Sequence[Array]
+    ) -> Float[Array, "B L E"]:
+        """What queries find in a projected memory."""
+        key, value = memory
+        return self.out(attend(query_BLNK, key, value, implementation=self.implementation))
 
     def __call__(
         self, x_BLE: Float[Array, "B L E"], memory: Sequence[Array]
     ) -> Float[Array, "B L E"]:
-        key, value = memory
-        return self.out(attend(self.query(x_BLE), key, value))
+        return self.attend(self.project_query(x_BLE), memory)
+
+
+def _apply(norm: HeadNorm | None, x_BLNK: Array) -> Array:
+    return x_BLNK if norm is None else norm(x_BLNK)
