@@ -22,7 +22,7 @@ from capjax.data.transforms import (
     CaptionChoice,
     NoCaption,
     augment_image,
-    choose_caption,
+    choose_captions,
     first_caption,
 )
 from capjax.errors import UserError
@@ -153,26 +153,30 @@ class TrainMaker(Maker):
         first = self.start + step * self.batch_size + self.first_row
         batch_images, texts, bad = self.empty_images(), [], []
         for row in range(self.num_rows):
-            batch_images[row], text = self._pair(first + row, bad)
-            texts.append(text)
+            batch_images[row], captions = self._pair(first + row, bad)
+            texts += captions
+        tokens = self.tokenizer.encode_batch(texts, self.text_length)
+        if self.captions.per_image > 1:
+            tokens = tokens.reshape(self.num_rows, self.captions.per_image, self.text_length)
         positions = (first + np.arange(self.num_rows, dtype=np.uint64)).astype(np.uint32)
         return {
             "image": batch_images,
-            "tokens": self.tokenizer.encode_batch(texts, self.text_length),
+            "tokens": tokens,
             "position": positions,
             _BAD: bad,
         }
 
-    def _pair(self, position: int, bad: list[BadRecord]) -> tuple[np.ndarray, str]:
-        """The image and text at a position; what could not be used on the way is added to `bad`."""
+    def _pair(self, position: int, bad: list[BadRecord]) -> tuple[np.ndarray, list[str]]:
+        """Image and captions at a position; what could not be used on the way is added to `bad`."""
         num_examples = len(self.images.source)
         index = example_index(self.seed, position, num_examples)
         for attempt in range(1, _MAX_ATTEMPTS + 1):
             try:
                 example, image = self.images.read(index)
                 rng = position_rng(self.seed, position)
-                text = choose_caption(example, self.captions, rng)
-                return augment_image(image, text, self.preprocessing, self.augment, rng), text
+                texts = choose_captions(example, self.captions, rng)
+                text = " ".join(texts)
+                return augment_image(image, text, self.preprocessing, self.augment, rng), texts
             except (CorruptRecord, ImageError, NoCaption) as error:
                 bad.append(BadRecord(position, index, bad_reason(error), str(error)))
                 index = substitute_index(self.seed, position, attempt, num_examples)

@@ -21,7 +21,7 @@ from capjax.data.transforms import (
     NoCaption,
     augment_image,
     caption_texts,
-    choose_caption,
+    choose_captions,
 )
 from capjax.errors import UserError
 
@@ -94,7 +94,7 @@ def _pair(
         key = example.key
         image = decode_image(example.image)
         rng = position_rng(seed, position)
-        text = choose_caption(example, choice, rng)
+        text = choose_captions(example, choice, rng)[0]
     except (CorruptRecord, ImageError, NoCaption) as error:
         return Pair(key, "", 0, None, str(error))
     image = augment_image(image, text, preprocessing, augment, rng)

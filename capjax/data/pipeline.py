@@ -90,8 +90,9 @@ def train_batches(
 ) -> Batches:
     """The endless training stream from position `start` (examples seen), this process's rows.
 
-    Each batch: `image` uint8 [R, S, S, 3], `tokens` int32 [R, text_length], `position` uint32 [R]
-    (modulo 2^32), with R = batch_size / process_count. Seeking costs nothing. Memory:
+    Each batch: `image` uint8 [R, S, S, 3], `tokens` int32 [R, text_length] (or [R, K, text_length]
+    for K = captions.per_image > 1), `position` uint32 [R] (modulo 2^32), R = batch_size /
+    process_count. Seeking costs nothing. Memory:
     max(prefetch, num_threads) batches in each reading process, and the cache.
     Raises `UserError` for impossible settings now, and `DataError` from the iterator.
     """

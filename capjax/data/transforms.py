@@ -37,16 +37,20 @@ def names_a_side(text: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class CaptionChoice:
-    """Which caption of an example is used.
+    """Which captions of an example are used.
 
     `sources` weighs the captions by their `source`, e.g. {"tts": 0.8, "keyword": 0.2}: a source is
     drawn among those the example has, then one of its captions. Empty: every caption alike.
+    `per_image`: captions drawn for a training example.
     """
 
     sources: Mapping[str, float] = dataclasses.field(default_factory=dict)
     lower: bool = True
+    per_image: int = 1
 
     def __post_init__(self) -> None:
+        if self.per_image < 1:
+            raise UserError(f"captions.per_image={self.per_image}: expected at least 1")
         weights = self.sources.values()
         if any(not 0 <= weight < float("inf") for weight in weights) or (
             weights and sum(weights) == 0
@@ -63,16 +67,31 @@ def clean_text(text: str, lower: bool) -> str:
     return text.lower() if lower else text
 
 
-def choose_caption(example: Example, choice: CaptionChoice, rng: np.random.Generator) -> str:
-    """The text of a random caption, as `choice` weighs them. Raises `NoCaption`."""
-    u = rng.random(2)
-    captions = _usable(example, choice)
+def choose_captions(example: Example, choice: CaptionChoice, rng: np.random.Generator) -> list[str]:
+    """The texts of `choice.per_image` random captions, as it weighs them. Raises `NoCaption`.
+
+    No caption is drawn twice before all were drawn. The second and later ones take their numbers
+    from a generator of their own, so that their count changes no other draw.
+    """
+    captions = left = _usable(example, choice)
+    texts = []
+    for number in range(choice.per_image):
+        if number == 1:
+            rng = np.random.Generator(rng.bit_generator.jumped())
+        caption = _draw(left, choice, rng.random(2))
+        texts.append(clean_text(caption.text, choice.lower))
+        left = [other for other in left if other is not caption] or captions
+    return texts
+
+
+def _draw(captions: list[Caption], choice: CaptionChoice, u: np.ndarray) -> Caption:
+    """One of the captions, from two uniform numbers: its source, then which of that source."""
     if choice.sources:
         names = list(dict.fromkeys(caption.source for caption in captions))
         ends = np.cumsum([choice.sources[name] for name in names])
         source = names[int(np.searchsorted(ends, u[0] * ends[-1], side="right"))]
         captions = [caption for caption in captions if caption.source == source]
-    return clean_text(captions[int(u[1] * len(captions))].text, choice.lower)
+    return captions[int(u[1] * len(captions))]
 
 
 def first_caption(example: Example, choice: CaptionChoice) -> str:
@@ -154,7 +173,9 @@ def augment_image(
     size = preprocessing.image_size
     if augment.crop_scale[0] < 1:
         scale, ratio = augment.crop_scale, augment.crop_ratio
-        image = images.random_resized_crop(image, size, rng, scale, ratio, preprocessing.antialias)
+        image = images.random_resized_crop(
+            image, size, rng, scale, ratio, preprocessing.antialias, preprocessing.resample
+        )
     else:
         image = preprocessing.preprocess(image)
     if augment.shift_pixels:

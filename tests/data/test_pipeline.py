@@ -119,6 +119,16 @@ def test_a_batch_is_what_the_interface_says():
     }
 
 
+def test_several_captions_an_image_lie_side_by_side():
+    one = take(stream(Source(5), augment=Augment()), 3)
+    two = take(stream(Source(5), augment=Augment(), captions=CaptionChoice(per_image=2)), 3)
+    assert two["tokens"].shape == (18, 2, 12)
+    assert_same(one, two | {"tokens": two["tokens"][:, 0]})
+    for row, (first, second) in zip(example_ids(two), two["tokens"], strict=True):
+        texts = {tokenizer().decode(first), tokenizer().decode(second)}
+        assert texts == {f"example {row}", f"number {row}"}
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 400), st.integers(0, 2**40), st.integers(0, 2**63))
 def test_every_epoch_is_a_permutation(num_examples, epoch, seed):

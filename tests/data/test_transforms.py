@@ -13,7 +13,7 @@ from capjax.data.transforms import (
     NoCaption,
     augment_image,
     caption_texts,
-    choose_caption,
+    choose_captions,
     first_caption,
     names_a_side,
 )
@@ -33,7 +33,7 @@ EXAMPLE = Example(
 
 def choices(choice: CaptionChoice, n: int = 4000) -> dict[str, float]:
     rng = np.random.default_rng(0)
-    counts = Counter(choose_caption(EXAMPLE, choice, rng) for _ in range(n))
+    counts = Counter(choose_captions(EXAMPLE, choice, rng)[0] for _ in range(n))
     return {text: count / n for text, count in counts.items()}
 
 
@@ -54,9 +54,32 @@ def test_captions_are_chosen_with_the_weights_of_their_sources(sources, expected
         assert abs(shares[text] - share) < 0.03
 
 
+@pytest.mark.parametrize("sources", [{}, {"keyword": 1.0}, {"tts": 1.0, "keyword": 9.0}])
+def test_no_caption_comes_twice_before_all_have_come(sources):
+    known = sorted(caption_texts(EXAMPLE, CaptionChoice(sources)))
+    choice = CaptionChoice(sources, per_image=2 * len(known) + 1)
+    for seed in range(20):
+        texts = choose_captions(EXAMPLE, choice, np.random.default_rng(seed))
+        assert len(texts) == choice.per_image
+        assert sorted(texts[: len(known)]) == known
+        assert sorted(texts[len(known) : -1]) == known
+
+
+def test_the_number_of_captions_changes_neither_the_first_nor_any_later_draw():
+    one, many = np.random.default_rng(3), np.random.default_rng(3)
+    first = choose_captions(EXAMPLE, CaptionChoice(), one)
+    assert choose_captions(EXAMPLE, CaptionChoice(per_image=3), many)[:1] == first
+    assert one.random() == many.random()
+
+
+def test_at_least_one_caption_is_drawn():
+    with pytest.raises(UserError, match=r"captions\.per_image=0: expected at least 1"):
+        CaptionChoice(per_image=0)
+
+
 def test_case_is_kept_on_request_and_white_space_is_not():
     rng = np.random.default_rng(0)
-    assert choose_caption(EXAMPLE, CaptionChoice({"tts": 1.0}, lower=False), rng) == "A Red Cat"
+    assert choose_captions(EXAMPLE, CaptionChoice({"tts": 1.0}, lower=False), rng) == ["A Red Cat"]
 
 
 def test_the_reference_is_the_first_caption_of_the_heaviest_source():
@@ -71,7 +94,7 @@ def test_an_example_without_a_wanted_caption_is_named():
         first_caption(EXAMPLE, choice)
     assert caption_texts(EXAMPLE, choice) == []
     with pytest.raises(NoCaption):
-        choose_caption(Example("k", b"x"), CaptionChoice(), np.random.default_rng(0))
+        choose_captions(Example("k", b"x"), CaptionChoice(), np.random.default_rng(0))
 
 
 @pytest.mark.parametrize("sources", [{"a": -1.0}, {"a": 0.0}, {"a": float("nan")}])
