@@ -27,6 +27,8 @@ _TRANSPOSES = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+Resample = Literal["bilinear", "bicubic"]
+_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
 class ImageError(Exception):
@@ -101,36 +103,48 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def resize(image: np.ndarray, size: int | tuple[int, int], antialias: bool = True) -> np.ndarray:
-    """[H, W, 3] -> [size, size, 3], or `size` = (height, width); bilinear.
+def resize(
+    image: np.ndarray,
+    size: int | tuple[int, int],
+    antialias: bool = True,
+    resample: Resample = "bilinear",
+) -> np.ndarray:
+    """[H, W, 3] -> [size, size, 3], or `size` = (height, width).
 
-    With `antialias` the filter widens as the image shrinks (Pillow); without, it always spans two
-    pixels a side, with half-pixel centres (TensorFlow's default, for models trained so).
+    With `antialias` the filter widens as the image shrinks (Pillow: its pixels exactly). Without,
+    which is bilinear only, it always spans two pixels a side: the pixels that big_vision's models
+    were trained on, whose `resize` is TensorFlow's, cut to whole numbers and not rounded.
     """
     height, width = (size, size) if isinstance(size, int) else size
     if image.shape[:2] == (height, width):
         return image
-    return _resize_box(image, (0, 0, image.shape[1], image.shape[0]), (height, width), antialias)
+    box = (0, 0, image.shape[1], image.shape[0])
+    return _resize_box(image, box, (height, width), antialias, resample)
 
 
 def _resize_box(
-    image: np.ndarray, box: tuple[int, int, int, int], size: tuple[int, int], antialias: bool
+    image: np.ndarray,
+    box: tuple[int, int, int, int],
+    size: tuple[int, int],
+    antialias: bool,
+    resample: Resample,
 ) -> np.ndarray:
     """Crops `box` = (left, top, right, bottom) and resizes it to `size` = (height, width)."""
     if antialias:
-        resized = Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR, box=box)
-        return np.asarray(resized)
+        return np.asarray(Image.fromarray(image).resize(size[::-1], _FILTERS[resample], box=box))
     x = image[box[1] : box[3], box[0] : box[2]].astype(np.float32)
-    for axis in (0, 1):
+    # Columns before rows, all in float32, each sum as TensorFlow writes it: another rounding would
+    # fall below a whole number where theirs does not.
+    for axis in (1, 0):
         old, new = x.shape[axis], size[axis]
-        centre = np.clip((np.arange(new) + 0.5) * (old / new) - 0.5, 0, old - 1)
-        low = centre.astype(np.int64)
-        shape = [1, 1, 1]
-        shape[axis] = new
-        part = (centre - low).astype(np.float32).reshape(shape)
-        high = np.minimum(low + 1, old - 1)
-        x = np.take(x, low, axis) * (1 - part) + np.take(x, high, axis) * part
-    return np.rint(x).astype(np.uint8)
+        scale = np.float32(old) / np.float32(new)
+        centre = (np.arange(new, dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5)
+        low = np.floor(centre)
+        part = np.expand_dims(centre - low, (2, 1 - axis))
+        first = np.take(x, np.maximum(low, 0).astype(np.int64), axis)
+        second = np.take(x, np.minimum(low + 1, old - 1).astype(np.int64), axis)
+        x = first + (second - first) * part
+    return x.astype(np.uint8)
 
 
 def random_resized_crop(
@@ -140,6 +154,7 @@ def random_resized_crop(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     antialias: bool = True,
+    resample: Resample = "bilinear",
 ) -> np.ndarray:
     """A random box of the image, resized to [size, size, 3].
 
@@ -155,7 +170,7 @@ def random_resized_crop(
     left = int(u[2] * (width - box_width + 1))
     top = int(u[3] * (height - box_height + 1))
     box = (left, top, left + box_width, top + box_height)
-    return _resize_box(image, box, (size, size), antialias)
+    return _resize_box(image, box, (size, size), antialias, resample)
 
 
 def random_shift(
@@ -202,36 +217,46 @@ class ImagePreprocessing:
     """How an image becomes the model's input; stored in checkpoints (`dataclasses.asdict`).
 
     `mode`: "stretch" both sides to `image_size`; "pad" the shorter side with white; "crop" the
-    longer one, centred.
+    longer one: the image is resized until its shorter side is `image_size`, the longer one by the
+    same factor and cut to whole pixels, then its centre is taken, the lesser half of an odd rest
+    being left of it or above. These are the pixels of transformers' processors on Pillow.
+    (torchvision's `CenterCrop` rounds half a pixel to even: one pixel beside it for some sizes.)
     """
 
     image_size: int
     antialias: bool = True
     mode: Literal["stretch", "pad", "crop"] = "stretch"
+    resample: Resample = "bilinear"
 
     def __post_init__(self) -> None:
         if self.image_size < 1:
             raise UserError(f"image_size={self.image_size}: expected at least 1")
         if self.mode not in ("stretch", "pad", "crop"):
             raise UserError(f"mode={self.mode!r}: expected 'stretch', 'pad' or 'crop'")
+        if self.resample not in _FILTERS:
+            raise UserError(f"resample={self.resample!r}: expected 'bilinear' or 'bicubic'")
+        if self.resample != "bilinear" and not self.antialias:
+            raise UserError(f"resample={self.resample!r}: expected 'bilinear' without antialias")
 
     def preprocess(self, image: np.ndarray) -> np.ndarray:
         """uint8 [H, W, 3] -> uint8 [image_size, image_size, 3]."""
         size = self.image_size
         height, width = image.shape[:2]
         if self.mode == "stretch" or height == width:
-            return resize(image, size, self.antialias)
+            return self._resize(image, (size, size))
+        side = min(height, width) if self.mode == "crop" else max(height, width)
         if self.mode == "crop":
-            side = min(height, width)
-            left, top = (width - side) // 2, (height - side) // 2
-            box = (left, top, left + side, top + side)
-            return _resize_box(image, box, (size, size), self.antialias)
-        side = max(height, width)
+            resized = self._resize(image, (size * height // side, size * width // side))
+            top, left = (resized.shape[0] - size) // 2, (resized.shape[1] - size) // 2
+            return resized[top : top + size, left : left + size]
         inner = (max(round(size * height / side), 1), max(round(size * width / side), 1))
         top, left = (size - inner[0]) // 2, (size - inner[1]) // 2
         out = np.full((size, size, 3), WHITE, np.uint8)
-        out[top : top + inner[0], left : left + inner[1]] = resize(image, inner, self.antialias)
+        out[top : top + inner[0], left : left + inner[1]] = self._resize(image, inner)
         return out
+
+    def _resize(self, image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        return resize(image, size, self.antialias, self.resample)
 
     def preprocess_bytes(self, data: bytes) -> np.ndarray:
         """Encoded bytes -> uint8 [image_size, image_size, 3]. Raises `ImageError`."""

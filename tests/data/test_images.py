@@ -6,6 +6,7 @@ import json
 import pickle
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from PIL import Image
 from capjax.data import images
 from capjax.data.images import ImageError, ImagePreprocessing, decode_image
 from capjax.errors import UserError
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -214,6 +217,27 @@ def test_aliased_resize_samples_between_two_pixels():
     assert images.resize(checkers, 21, antialias=False).std() > 35
 
 
+def test_aliased_resize_is_tensorflows_to_the_bit():
+    """`tests/fixtures/tensorflow_resize.npz`: tf.image.resize of random images, cast to uint8."""
+    with np.load(FIXTURES / "tensorflow_resize.npz") as file:
+        cases = sorted({name.split("/")[0] for name in file.files} - {"tensorflow"})
+        assert len(cases) == 6
+        for case in cases:
+            want = file[f"{case}/out"]
+            found = images.resize(file[f"{case}/in"], want.shape[:2], antialias=False)
+            np.testing.assert_array_equal(found, want)
+
+
+def test_bicubic_keeps_what_bilinear_blurs():
+    step = np.repeat(np.where(np.arange(32) < 13, 40, 200)[None], 32, 0)
+    step = np.repeat(step[..., None], 3, -1).astype(np.uint8)
+    sharp, soft = (images.resize(step, 12, resample=kind) for kind in ("bicubic", "bilinear"))
+    assert soft.min() == 40
+    assert soft.max() == 200
+    assert sharp.min() < 40  # the bicubic filter overshoots at an edge
+    assert sharp.max() > 200
+
+
 def test_upscaling_agrees_with_and_without_antialiasing():
     image = smooth(16)
     pair = [images.resize(image, 40, antialias).astype(int) for antialias in (True, False)]
@@ -299,8 +323,25 @@ def test_preprocessing_modes():
     np.testing.assert_array_equal(tall, padded.transpose(1, 0, 2))
 
 
+@pytest.mark.parametrize("antialias", [True, False])
+def test_crop_is_the_centre_of_the_whole_image_resized(antialias):
+    image = np.random.default_rng(0).integers(0, 256, (31, 75, 3)).astype(np.uint8)
+    whole = images.resize(image, (20, 48), antialias)  # 20 * 75 / 31 = 48.4 columns
+    crop = ImagePreprocessing(20, antialias, "crop")
+    np.testing.assert_array_equal(crop.preprocess(image), whole[:, 14:34])
+    np.testing.assert_array_equal(
+        crop.preprocess(image.transpose(1, 0, 2)),
+        images.resize(image.transpose(1, 0, 2), (48, 20), antialias)[14:34],
+    )
+    # 17 columns for 8: an odd rest of 9, whose lesser half lies left.
+    plain = np.arange(8 * 17 * 3, dtype=np.uint8).reshape(8, 17, 3)
+    np.testing.assert_array_equal(
+        ImagePreprocessing(8, antialias, "crop").preprocess(plain), plain[:, 4:12]
+    )
+
+
 def test_preprocessing_travels_as_json():
-    preprocessing = ImagePreprocessing(48, antialias=False, mode="pad")
+    preprocessing = ImagePreprocessing(48, mode="pad", resample="bicubic")
     text = json.dumps(dataclasses.asdict(preprocessing))
     assert ImagePreprocessing(**json.loads(text)) == preprocessing
     data = encode(Image.fromarray(gradient()))
@@ -313,3 +354,5 @@ def test_impossible_preprocessing_is_refused():
         ImagePreprocessing(0)
     with pytest.raises(Exception, match="mode"):  # the annotation check of the tests comes first
         ImagePreprocessing(8, mode="fit")
+    with pytest.raises(UserError, match="resample='bicubic': expected 'bilinear' without"):
+        ImagePreprocessing(8, antialias=False, resample="bicubic")
