@@ -43,18 +43,21 @@ class PureModel:
         """Shape and type of every parameter."""
         return abstract_params(self._build)
 
+    def unpadded_params(self) -> Params:
+        """The same, of the part of each that is in use: without the padding of vocabularies."""
+        return unpadded_params(self._build)
+
     def param_specs(self) -> Params:
         """The `PartitionSpec` of every parameter."""
         return param_specs(self._build)
 
     def num_params(self) -> int:
         """Parameters, without the padding of vocabularies."""
-        shapes = jax.tree.leaves(self.abstract_params())
-        return sum(x.size for x in shapes) - self.num_padding()
+        return sum(x.size for x in jax.tree.leaves(self.unpadded_params()))
 
     def num_padding(self) -> int:
         """Entries of the parameters that only pad a vocabulary."""
-        return 0
+        return sum(x.size for x in jax.tree.leaves(self.abstract_params())) - self.num_params()
 
     def module(self, params: Params) -> Any:
         """The module with its own entries of `params` in it."""
@@ -94,6 +97,12 @@ def abstract_params(build: Build) -> Params:
     return nnx.to_pure_dict(jax.tree.map(_value, _split(build)[1], is_leaf=_is_param))
 
 
+@functools.lru_cache(maxsize=256)
+def unpadded_params(build: Build) -> Params:
+    """Shape and type of the part in use of every parameter."""
+    return nnx.to_pure_dict(jax.tree.map(_used, _split(build)[1], is_leaf=_is_param))
+
+
 def param_specs(build: Build) -> Params:
     """For every parameter its `PartitionSpec`."""
     return nnx.to_pure_dict(jax.tree.map(_spec, _split(build)[1], is_leaf=_is_param))
@@ -110,6 +119,12 @@ def _is_param(x: Any) -> bool:
 
 def _value(param: nnx.Param) -> jax.ShapeDtypeStruct:
     return param.get_value()
+
+
+def _used(param: nnx.Param) -> jax.ShapeDtypeStruct:
+    value, used = _value(param), param.get_metadata("used")
+    layers = value.shape[: len(value.shape) - len(used)]
+    return jax.ShapeDtypeStruct((*layers, *used), value.dtype)
 
 
 def _spec(param: nnx.Param) -> P:

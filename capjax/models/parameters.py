@@ -90,9 +90,22 @@ def xavier_uniform(num_in: int, num_out: int) -> Law:
     return Law("uniform", (2 / (num_in + num_out)) ** 0.5)
 
 
-def parameter(law: Law, shape: tuple[int, ...], spec: P = replicated) -> nnx.Param:
-    """Declares a float32 parameter, stored as `spec` says."""
-    return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32), law=law, spec=spec)
+def parameter(
+    law: Law,
+    shape: tuple[int, ...],
+    spec: P = replicated,
+    *,
+    used: tuple[int, ...] | None = None,
+) -> nnx.Param:
+    """Declares a float32 parameter, stored as `spec` says.
+
+    `used` is the shape of the part that is in use, where what lies beyond it is padding; of a law
+    with `num_rows` that is known.
+    """
+    if used is None:
+        used = shape if law.num_rows is None else (law.num_rows, *shape[1:])
+    value = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return nnx.Param(value, law=law, spec=spec, used=used)
 
 
 def use(param: nnx.Param, dtype: DTypeLike) -> Array:

@@ -92,8 +92,8 @@ class OutputHead(nnx.Module):
 
     def __init__(self, width: int, num_tokens: int):
         columns = pad_to_lanes(num_tokens)
-        self.kernel = parameter(zeros, (width, columns), kernel_DV)
-        self.bias = parameter(zeros, (columns,), bias_V)
+        self.kernel = parameter(zeros, (width, columns), kernel_DV, used=(width, num_tokens))
+        self.bias = parameter(zeros, (columns,), bias_V, used=(num_tokens,))
         self.num_tokens = num_tokens
 
     def parameters(self) -> tuple[Float[Array, "E V"], Float[Array, " V"]]:
