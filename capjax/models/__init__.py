@@ -1,6 +1,7 @@
-"""Image captioners as pure functions of a nested dict of parameters."""
+"""Image captioners and contrastive towers as pure functions of a nested dict of parameters."""
 
 from capjax.models.captioner import Captioner, CaptionerConfig
 from capjax.models.text_decoder import DecoderCache
+from capjax.models.two_towers import TwoTowers, TwoTowersConfig
 
-__all__ = ["Captioner", "CaptionerConfig", "DecoderCache"]
+__all__ = ["Captioner", "CaptionerConfig", "DecoderCache", "TwoTowers", "TwoTowersConfig"]

@@ -1,7 +1,12 @@
-"""The image encoder: a plain ViT without class token; its output is the whole patch sequence."""
+"""The image encoder: a ViT whose output is its whole sequence.
+
+The sequence is the patches, the class token if there is one, the registers: attention does not
+mind the order, and the patches are always the first `num_patches`.
+"""
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +15,9 @@ from jax.sharding import PartitionSpec as P
 
 from capjax.dims import Array, Float, UInt8
 from capjax.errors import UserError
-from capjax.mesh import BATCH, embedding_LD, kernel_HWCD, out_sharding
+from capjax.mesh import BATCH, act_BLD, embedding_LD, kernel_HWCD, out_sharding
 from capjax.models.attention import SelfAttention
-from capjax.models.layers import LayerNorm, Mlp, Projection
+from capjax.models.layers import ACTIVATIONS, LayerNorm, Mlp, Projection
 from capjax.models.parameters import lecun_normal, normal, parameter, use, xavier_uniform
 from capjax.models.stack import REMAT_POLICIES, run_stack, stack
 
@@ -24,10 +29,21 @@ class ImageEncoderConfig:
     Attributes:
       image_size: height and width of the images, in pixels; a multiple of `patch_size`.
       mlp_dim: hidden units of each MLP.
-      posemb: "learn", or "sincos2d" for fixed positions (of image and text).
+      posemb: "learn", or "sincos2d" for fixed positions.
+      pool: one feature from the sequence: "gap" is the mean of the patches, "tok" a class token,
+        "map" attention with a learned query (it needs a model that has that head).
+      num_registers: learned tokens beside the patches, for the encoder's own use (Darcet et al.
+        2024, "Vision Transformers Need Registers"); a decoder sees them too.
+      qk_norm: LayerNorm of queries and keys.
+      activation: of the MLPs, one of `layers.ACTIVATIONS`.
+      norm_eps: added to the variance in every LayerNorm.
+      pre_norm: a LayerNorm before the first block, as in CLIP.
+      image_mean: of pixels in [0, 1], by channel; uint8 images are normalised with these two.
+      image_std: likewise.
       dtype: "float32" or "bfloat16" for the computation; parameters are always float32.
       remat: what the backward pass recomputes: "none", "dots" or "full" (see `run_stack`).
       scan: one compiled block under `lax.scan`; False unrolls: slower to compile, faster to run.
+      attention: which implementation of attention (see `attention.attend`).
     """
 
     image_size: int
@@ -37,14 +53,26 @@ class ImageEncoderConfig:
     num_heads: int
     mlp_dim: int
     posemb: str = "learn"
+    pool: str = "gap"
+    num_registers: int = 0
+    qk_norm: bool = False
+    activation: str = "gelu_tanh"
+    norm_eps: float = 1e-6
+    pre_norm: bool = False
+    image_mean: Sequence[float] = (0.5, 0.5, 0.5)
+    image_std: Sequence[float] = (0.5, 0.5, 0.5)
     dtype: str = "float32"
     remat: str = "none"
     scan: bool = True
+    attention: str = "auto"
 
     def __post_init__(self):
         self.check_choice("posemb", ("learn", "sincos2d"))
+        self.check_choice("pool", ("gap", "tok", "map"))
+        self.check_choice("activation", tuple(ACTIVATIONS))
         self.check_choice("dtype", ("float32", "bfloat16"))
         self.check_choice("remat", REMAT_POLICIES)
+        self.check_choice("attention", ("auto", "xla", "cudnn", "pallas"))
         self.check_at_least_one(
             "image_size", "patch_size", "width", "depth", "num_heads", "mlp_dim"
         )
@@ -52,7 +80,19 @@ class ImageEncoderConfig:
             raise UserError(
                 f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}"
             )
+        if self.num_registers < 0:
+            raise UserError(f"num_registers={self.num_registers}: expected 0 or more")
+        if not self.norm_eps > 0:
+            raise UserError(f"norm_eps={self.norm_eps}: expected a number above 0, such as 1e-6")
+        self._check_channels()
         self.check_heads("")
+
+    def _check_channels(self) -> None:
+        for name in ("image_mean", "image_std"):
+            value = tuple(map(float, getattr(self, name)))  # JSON has lists for tuples
+            object.__setattr__(self, name, value)
+            if len(value) != 3 or (name == "image_std" and min(value) <= 0):
+                raise UserError(f"{name}={value}: expected one number a channel, such as 0.5")
 
     def check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         """Raises `UserError` unless the field holds one of `choices`."""
@@ -65,12 +105,15 @@ class ImageEncoderConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: expected 1 or more")
 
-    def check_heads(self, prefix: str) -> None:
-        """Raises `UserError` unless the heads of the tower `prefix` divide its width."""
+    def check_heads(self, prefix: str, posemb: str | None = None) -> None:
+        """Raises `UserError` unless heads and positions of the tower `prefix` fit its width.
+
+        Its `posemb` is this configuration's unless given.
+        """
         width, heads = getattr(self, f"{prefix}width"), getattr(self, f"{prefix}num_heads")
         if width % heads:
             raise UserError(f"{prefix}width={width} is not a multiple of {prefix}num_heads={heads}")
-        if self.posemb == "sincos2d" and (width % 4 or width < 8):
+        if (posemb or self.posemb) == "sincos2d" and (width % 4 or width < 8):
             raise UserError(f"{prefix}width={width}: sincos2d needs a multiple of 4 from 8 up")
 
     @property
@@ -78,16 +121,28 @@ class ImageEncoderConfig:
         """Patches of an image."""
         return (self.image_size // self.patch_size) ** 2
 
+    @property
+    def memory_length(self) -> int:
+        """Length of the encoder's output: patches, class token, registers."""
+        return self.num_patches + (self.pool == "tok") + self.num_registers
+
 
 def normalize(
     images_BHWC: UInt8[Array, "B H W C"] | Float[Array, "B H W C"], config: ImageEncoderConfig
 ) -> Float[Array, "B H W C"]:
-    """Images in the compute type; uint8 becomes x / 127.5 - 1. Raises `UserError` for the size."""
+    """Images in the compute type. Raises `UserError` where they have another size.
+
+    Of uint8 the configuration's mean and deviation become 0 and 1 (as they are by default, 0 and
+    255 become -1 and 1). Floats are taken as normalised.
+    """
     size = config.image_size
     if images_BHWC.shape[1:] != (size, size, 3):
         raise UserError(f"images of shape {images_BHWC.shape}: expected (batch, {size}, {size}, 3)")
     if images_BHWC.dtype == jnp.uint8:
-        images_BHWC = images_BHWC.astype(jnp.float32) / 127.5 - 1
+        # In this form a mean and a deviation of 0.5 are x / 127.5 - 1 to the bit.
+        mean_C, std_C = (np.asarray(x, np.float32) for x in (config.image_mean, config.image_std))
+        images_BHWC = images_BHWC.astype(jnp.float32) / (255 * std_C)[None, None, None]
+        images_BHWC -= (mean_C / std_C)[None, None, None]
     return images_BHWC.astype(config.dtype)
 
 
@@ -105,21 +160,31 @@ def sincos2d(height: int, width: int, features: int) -> np.ndarray:
 
 
 class EncoderBlock(nnx.Module):
-    """Pre-norm self-attention and MLP."""
+    """Pre-norm self-attention and MLP, with biases everywhere; numerics are the configuration's."""
 
-    def __init__(self, width: int, num_heads: int, mlp_dim: int):
-        self.attention_norm = LayerNorm(width)
-        self.attention = SelfAttention(width, num_heads, xavier_uniform, use_bias=True)
-        self.mlp_norm = LayerNorm(width)
-        self.mlp = Mlp(width, mlp_dim, use_bias=True)
+    def __init__(self, width: int, num_heads: int, mlp_dim: int, config: ImageEncoderConfig):
+        self.attention_norm = LayerNorm(width, eps=config.norm_eps)
+        self.attention = SelfAttention(
+            width,
+            num_heads,
+            xavier_uniform,
+            use_bias=True,
+            qk_norm=config.qk_norm,
+            implementation=config.attention,
+            norm_eps=config.norm_eps,
+        )
+        self.mlp_norm = LayerNorm(width, eps=config.norm_eps)
+        self.mlp = Mlp(width, mlp_dim, use_bias=True, activation=config.activation)
 
-    def __call__(self, x_BPD: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
-        x_BPD = x_BPD + self.attention(self.attention_norm(x_BPD))
+    def __call__(
+        self, x_BPD: Float[Array, "B P D"], bias_B1PP: Float[Array, "#B 1 P P"] | None = None
+    ) -> Float[Array, "B P D"]:
+        x_BPD = x_BPD + self.attention(self.attention_norm(x_BPD), bias_B1PP)
         return x_BPD + self.mlp(self.mlp_norm(x_BPD))
 
 
 class ImageEncoder(nnx.Module):
-    """Images (B, H, W, 3) in [-1, 1] to patches (B, P, D)."""
+    """Normalised images (B, H, W, 3) to the sequence (B, P, D): patches, class token, registers."""
 
     def __init__(self, config: ImageEncoderConfig):
         width = config.width
@@ -132,9 +197,14 @@ class ImageEncoder(nnx.Module):
             if config.posemb == "learn"
             else None
         )
-        block = EncoderBlock(width, config.num_heads, config.mlp_dim)
-        self.blocks = stack(block, config.depth)
-        self.norm = LayerNorm(width)
+        # N(0, 1/sqrt(D)), as OpenAI's CLIP draws its class embedding. They have no positions.
+        self.class_token = _tokens(1, width) if config.pool == "tok" else None
+        self.registers = _tokens(config.num_registers, width) if config.num_registers else None
+        self.pre_norm = LayerNorm(width, eps=config.norm_eps) if config.pre_norm else None
+        self.blocks = stack(
+            EncoderBlock(width, config.num_heads, config.mlp_dim, config), config.depth
+        )
+        self.norm = LayerNorm(width, eps=config.norm_eps)
         self.scan = config.scan
         self.remat = config.remat
 
@@ -160,13 +230,42 @@ class ImageEncoder(nnx.Module):
             )
         return patches_BPD + positions_PD[None]
 
-    def __call__(self, images_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B P D"]:
-        patches_BPD = self.add_positions(self.embed_patches(images_BHWC))
-        patches_BPD = run_stack(
-            lambda x_BPD, block: block(x_BPD),
-            patches_BPD,
+    def add_tokens(self, patches_BPD: Float[Array, "B P D"]) -> Float[Array, "B S D"]:
+        """The patches, and after them the class token and the registers."""
+        parts = [patches_BPD]
+        for tokens in (self.class_token, self.registers):
+            if tokens is not None:
+                shape = (patches_BPD.shape[0], *tokens.shape)
+                tokens_1TD = use(tokens, patches_BPD.dtype)[None]
+                sharding = out_sharding(act_BLD)
+                parts.append(jnp.broadcast_to(tokens_1TD, shape, out_sharding=sharding))
+        return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+    def __call__(self, images_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B S D"]:
+        x_BSD = self.add_tokens(self.add_positions(self.embed_patches(images_BHWC)))
+        if self.pre_norm is not None:
+            x_BSD = self.pre_norm(x_BSD)
+        x_BSD = run_stack(
+            lambda x_BSD, block: block(x_BSD),
+            x_BSD,
             self.blocks,
             scan=self.scan,
             remat=self.remat,
         )
-        return self.norm(patches_BPD)
+        return self.norm(x_BSD)
+
+
+def _tokens(number: int, width: int) -> nnx.Param:
+    return parameter(normal(width**-0.5), (number, width), embedding_LD)
+
+
+def encoder_flops(config: ImageEncoderConfig) -> float:
+    """Matmul FLOPs (2mnk) of the image encoder for one image, forward."""
+    c = config
+    patches = 2 * c.num_patches * 3 * c.patch_size**2 * c.width
+    return float(patches + stack_flops(c.memory_length, c.width, c.depth, c.mlp_dim))
+
+
+def stack_flops(length: int, width: int, depth: int, mlp_dim: int) -> float:
+    """Matmul FLOPs (2mnk) of `depth` encoder blocks for one sequence, forward."""
+    return float(depth * 2 * length * width * (4 * width + 2 * mlp_dim + 2 * length))

@@ -1,10 +1,12 @@
-"""The layers of a transformer but attention, with the numerics of big_vision's CapPa.
+"""The layers of a transformer but attention; by default with the numerics of big_vision's CapPa.
 
-The backward passes of LayerNorm (eps 1e-6) and GELU (tanh) are written out, so that each keeps one
+The backward passes of LayerNorm and of the activations are written out, so that each keeps one
 array in the compute type and nothing in float32.
 """
 
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -27,24 +29,25 @@ from capjax.mesh import (
 from capjax.models.parameters import Law, normal, ones, parameter, use, xavier_uniform, zeros
 
 
-@jax.custom_vjp
-def layer_norm(x_BLD: Array, scale_D: Array, bias_D: Array | None) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(x_BLD: Array, scale_D: Array, bias_D: Array | None, eps: float = 1e-6) -> Array:
     """LayerNorm over the last axis: statistics in float32, result in the type of the input."""
-    return _layer_norm_forward(x_BLD, scale_D, bias_D)[0]
+    return _layer_norm_forward(x_BLD, scale_D, bias_D, eps)[0]
 
 
-def _layer_norm_forward(x_BLD, scale_D, bias_D):
+def _layer_norm_forward(x_BLD, scale_D, bias_D, eps):
     x32_BLD = x_BLD.astype(jnp.float32)
     mean_BL1 = jnp.mean(x32_BLD, -1, keepdims=True)
     variance_BL1 = jnp.mean(jnp.square(x32_BLD - mean_BL1), -1, keepdims=True)
-    rstd_BL1 = lax.rsqrt(variance_BL1 + 1e-6)
+    rstd_BL1 = lax.rsqrt(variance_BL1 + eps)
     y_BLD = (x32_BLD - mean_BL1) * rstd_BL1 * scale_D[None, None, :]
     if bias_D is not None:
         y_BLD += bias_D[None, None, :]
     return y_BLD.astype(x_BLD.dtype), (x_BLD, mean_BL1, rstd_BL1, scale_D, bias_D)
 
 
-def _layer_norm_backward(residuals, dy_BLD):
+def _layer_norm_backward(eps, residuals, dy_BLD):
+    del eps  # it is in the deviations kept
     x_BLD, mean_BL1, rstd_BL1, scale_D, bias_D = residuals
     dy_BLD = dy_BLD.astype(jnp.float32)
     normal_BLD = (x_BLD.astype(jnp.float32) - mean_BL1) * rstd_BL1
@@ -61,37 +64,59 @@ def _layer_norm_backward(residuals, dy_BLD):
 layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
-@jax.custom_vjp
-def gelu(x: Array) -> Array:
-    """GELU in its tanh approximation; only the input is kept for the backward pass."""
-    x32 = x.astype(jnp.float32)
-    return (0.5 * x32 * (1 + _gelu_tanh(x32))).astype(x.dtype)
+def _elementwise(value: Callable, slope: Callable) -> Callable[[Array], Array]:
+    """`value` in float32, of which only the input is kept for the backward pass: by `slope`."""
+
+    @jax.custom_vjp
+    def function(x: Array) -> Array:
+        return value(x.astype(jnp.float32)).astype(x.dtype)
+
+    def backward(x, dy):
+        return ((dy.astype(jnp.float32) * slope(x.astype(jnp.float32))).astype(x.dtype),)
+
+    function.defvjp(lambda x: (function(x), x), backward)
+    return function
 
 
-def _gelu_tanh(x32):
-    return jnp.tanh(math.sqrt(2 / math.pi) * (x32 + 0.044715 * x32**3))
+def _tanh(x):
+    return jnp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
 
 
-def _gelu_backward(x, dy):
-    x32 = x.astype(jnp.float32)
-    tanh = _gelu_tanh(x32)
-    slope = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * jnp.square(x32))
-    dx = 0.5 * (1 + tanh) + 0.5 * x32 * (1 - jnp.square(tanh)) * slope
-    return ((dy.astype(jnp.float32) * dx).astype(x.dtype),)
+def _gelu_tanh_slope(x):
+    tanh = _tanh(x)
+    inner = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * jnp.square(x))
+    return 0.5 * (1 + tanh) + 0.5 * x * (1 - jnp.square(tanh)) * inner
 
 
-gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
+def _gelu_slope(x):
+    return jax.scipy.stats.norm.cdf(x) + x * jax.scipy.stats.norm.pdf(x)
+
+
+def _quick_gelu_slope(x):
+    gate = jax.nn.sigmoid(1.702 * x)
+    return gate + 1.702 * x * gate * (1 - gate)
+
+
+# GELU in its tanh approximation, as it is defined, and in the approximation by a sigmoid that
+# OpenAI's CLIP was trained with.
+ACTIVATIONS = {
+    "gelu_tanh": _elementwise(lambda x: 0.5 * x * (1 + _tanh(x)), _gelu_tanh_slope),
+    "gelu": _elementwise(lambda x: x * jax.scipy.stats.norm.cdf(x), _gelu_slope),
+    "quick_gelu": _elementwise(lambda x: x * jax.nn.sigmoid(1.702 * x), _quick_gelu_slope),
+}
 
 
 class LayerNorm(nnx.Module):
     """LayerNorm over the last axis."""
 
-    def __init__(self, width: int, *, use_bias: bool = True):
+    def __init__(self, width: int, *, use_bias: bool = True, eps: float = 1e-6):
         self.scale = parameter(ones, (width,))
         self.bias = parameter(zeros, (width,)) if use_bias else None
+        self.eps = eps
 
     def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        return layer_norm(x_BLD, self.scale[...], None if self.bias is None else self.bias[...])
+        bias_D = None if self.bias is None else self.bias[...]
+        return layer_norm(x_BLD, self.scale[...], bias_D, self.eps)
 
 
 class Projection(nnx.Module):
@@ -122,12 +147,13 @@ class Projection(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """(B, L, *in_shape) to (B, L, *out_shape)."""
         batch, length = x.shape[:2]
+        rows = jax.typeof(x).sharding.spec[0]  # not split where a single row is the same for all
         y_BF = jnp.dot(
-            _reshape(x, (batch * length, self.in_size), P(BATCH, self.in_axis)),
+            _reshape(x, (batch * length, self.in_size), P(rows, self.in_axis)),
             _reshape(use(self.kernel, x.dtype), (self.in_size, -1), P(self.in_axis, self.out_axis)),
-            out_sharding=out_sharding(P(BATCH, self.out_axis)),
+            out_sharding=out_sharding(P(rows, self.out_axis)),
         )
-        y = _reshape(y_BF, (batch, length, *self.out_shape), P(BATCH, None, self.out_axis))
+        y = _reshape(y_BF, (batch, length, *self.out_shape), P(rows, None, self.out_axis))
         return y if self.bias is None else y + use(self.bias, x.dtype)[None, None]
 
 
@@ -136,9 +162,9 @@ def _reshape(x: Array, shape: tuple[int, ...], spec: P) -> Array:
 
 
 class Mlp(nnx.Module):
-    """Two projections with a GELU between."""
+    """Two projections with one of `ACTIVATIONS` between."""
 
-    def __init__(self, width: int, hidden: int, *, use_bias: bool):
+    def __init__(self, width: int, hidden: int, *, use_bias: bool, activation: str = "gelu_tanh"):
         law, bias_law = xavier_uniform(width, hidden), normal(1e-6)
         self.up = Projection(
             (width,), (hidden,), kernel_DF, law, use_bias=use_bias, bias_law=bias_law
@@ -146,16 +172,17 @@ class Mlp(nnx.Module):
         self.down = Projection(
             (hidden,), (width,), kernel_FD, law, use_bias=use_bias, bias_law=bias_law
         )
+        self.activation = activation
 
     def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        return self.down(gelu(self.up(x_BLD)))
+        return self.down(ACTIVATIONS[self.activation](self.up(x_BLD)))
 
 
 class Embedding(nnx.Module):
-    """A table of token vectors, N(0, 1), its rows padded to `num_stored` with zeros."""
+    """A table of token vectors, N(0, scale), its rows padded to `num_stored` with zeros."""
 
-    def __init__(self, num_rows: int, num_stored: int, width: int):
-        self.embedding = parameter(normal(1.0, num_rows), (num_stored, width), embedding_VD)
+    def __init__(self, num_rows: int, num_stored: int, width: int, scale: float = 1.0):
+        self.embedding = parameter(normal(scale, num_rows), (num_stored, width), embedding_VD)
 
     def __call__(self, tokens_BL: Int[Array, "B L"], dtype: DTypeLike) -> Float[Array, "B L D"]:
         # Every batch shard needs every row, so the table is gathered over both of its axes.

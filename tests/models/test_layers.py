@@ -7,16 +7,16 @@ import pytest
 
 from capjax.models.attention import MASKED, attend
 from capjax.models.image_encoder import sincos2d
-from capjax.models.layers import gelu, layer_norm
+from capjax.models.layers import ACTIVATIONS, layer_norm
 
 
 def normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
-def plain_layer_norm(x, scale, bias):
+def plain_layer_norm(x, scale, bias, eps):
     mean = jnp.mean(x, -1, keepdims=True)
-    y = (x - mean) / jnp.sqrt(jnp.var(x, -1, keepdims=True) + 1e-6) * scale[None, None]
+    y = (x - mean) / jnp.sqrt(jnp.var(x, -1, keepdims=True) + eps) * scale[None, None]
     return y if bias is None else y + bias[None, None]
 
 
@@ -38,15 +38,29 @@ def assert_same(ours, plain, *args):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("eps", [1e-6, 0.1])
 @pytest.mark.parametrize("bias", [normal(2, 7), None], ids=["bias", "no bias"])
-def test_layer_norm(bias):
+def test_layer_norm(bias, eps):
     x = 3 + 0.1 * normal(0, 2, 5, 7)  # a mean far above the spread
-    assert_same(layer_norm, plain_layer_norm, x, normal(1, 7), bias)
+    assert_same(
+        lambda x, scale, bias: layer_norm(x, scale, bias, eps),
+        lambda x, scale, bias: plain_layer_norm(x, scale, bias, eps),
+        x,
+        normal(1, 7),
+        bias,
+    )
 
 
-def test_gelu():
-    x = jnp.linspace(-6, 6, 101)
-    assert_same(gelu, lambda x: jax.nn.gelu(x, approximate=True), x)
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("gelu_tanh", lambda x: jax.nn.gelu(x, approximate=True)),
+        ("gelu", lambda x: jax.nn.gelu(x, approximate=False)),
+        ("quick_gelu", lambda x: x / (1 + jnp.exp(-1.702 * x))),
+    ],
+)
+def test_activations(name, plain):
+    assert_same(ACTIVATIONS[name], plain, jnp.linspace(-6, 6, 101))
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -62,13 +76,13 @@ def test_attention(masked):
     )
 
 
-@pytest.mark.parametrize("layer", ["layer_norm", "gelu", "attention"])
+@pytest.mark.parametrize("layer", ["layer_norm", "attention", *ACTIVATIONS])
 def test_nothing_is_kept_in_float32(layer):
     """In bfloat16, no array as large as an activation waits for the backward pass in float32."""
     x = normal(0, 2, 5, 8, 16).astype(jnp.bfloat16)
     calls = {
         "layer_norm": lambda x: layer_norm(x[0], jnp.ones(16), None),
-        "gelu": gelu,
+        **ACTIVATIONS,
         "attention": lambda x: attend(x, x, x),
     }
     y, pull = jax.vjp(calls[layer], x)
