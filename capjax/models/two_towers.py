@@ -24,7 +24,6 @@ from capjax.models.image_encoder import (
 )
 from capjax.models.parameters import Law, parameter
 from capjax.models.pooling import MapHead, map_flops, pool, unit_norm
-from capjax.models.text_decoder import pad_to_lanes
 from capjax.models.text_encoder import TextEncoder, apply_projection, project_feature
 
 
@@ -150,11 +149,6 @@ class TwoTowers(PureModel):
 
     config: TwoTowersConfig
     module_class: ClassVar[type] = TwoTowersModule
-
-    def num_padding(self) -> int:
-        """Entries of the parameters that only pad a vocabulary."""
-        rows = self.config.vocab_size
-        return (pad_to_lanes(rows) - rows) * self.config.text_width
 
     def encode(
         self, params: Params, images_BHWC: UInt8[Array, "B H W C"] | Float[Array, "B H W C"]
