@@ -1,8 +1,7 @@
-"""AdamW, its learning-rate schedules, and durations given in steps, examples or epochs."""
+"""The optimizers, with clipping, weight decay, learning rates and freezing around them."""
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,155 +10,220 @@ import optax
 
 from capjax.dims import Params
 from capjax.errors import UserError
+from capjax.training.adafactor import clip_by_rms, scale_by_factored_rms, scale_by_parameter_rms
+from capjax.training.layout import Layout, each, layouts
+from capjax.training.muon import scale_by_muon
+from capjax.training.patterns import by_name, frozen_names
+from capjax.training.rates import rate_factors
+from capjax.training.schedule import Schedule, ScheduleConfig, learning_rate_schedule
 
-UNITS = ("steps", "examples", "epochs")
-SCHEDULES = ("cosine", "rsqrt", "constant")
 MOMENT_DTYPES = ("float32", "bfloat16")
 
-Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
+# The optimizers, with the fields that only some of them use.
+OPTIMIZERS = {
+    "adamw": {"b1", "b2", "eps", "first_moment_dtype", "second_moment_dtype"},
+    "big_vision_adafactor": {"b1", "b2"},
+    "adafactor": set(),
+    "muon": {"b1", "b2", "eps", "momentum", "first_moment_dtype", "second_moment_dtype"},
+}
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW and its schedule.
+class OptimizerConfig(ScheduleConfig):
+    """An optimizer and its schedule.
+
+    A field that the named optimizer does not use must be left at its default.
 
     Attributes:
-      learning_rate: the peak.
-      weight_decay: a step takes learning_rate * weight_decay off each parameter named `kernel`
-        (decoupled, as in optax.adamw); no other parameter is decayed.
-      grad_clip_norm: the largest global norm of the gradient; 0 does not clip.
-      schedule: "cosine" (to 0), "rsqrt" or "constant"; see `learning_rate_schedule`.
-      warmup_steps, cooldown_steps: linear from 0 at the start, linear to 0 at the end.
-      timescale: steps after which "rsqrt" has fallen to 1 / sqrt(2).
-      first_moment_dtype: "float32", or "bfloat16" to keep the first moment in half the memory.
+      name: one of
+        "adamw": as optax.adamw.
+        "big_vision_adafactor": of big_vision's CapPa and SigLIP recipes. The second moment is
+          factored where the two longest axes have 32 or more, and decays by at most `b2`; updates
+          are averaged over time by `b1`, in bfloat16 and without correction for the start at 0.
+        "adafactor": the original, as optax.adafactor: factored from 128 on, updates clipped to a
+          root mean square of 1 and multiplied by the parameter's.
+        "muon": orthogonalised momentum for kernels between the first layer and the last, adamw
+          with the same learning rate for all else.
+      weight_decay: falls on the parameters named `kernel` alone, and is decoupled: a step takes off
+        learning_rate * weight_decay of each, times its factor of `layer_decay` and `multipliers`.
+        Of "big_vision_adafactor" it is not multiplied by the peak learning rate nor by the
+        factors, but by the schedule alone: its 1e-4 is a 0.1 elsewhere, at a rate of 1e-3.
+      b1, b2, eps: of Adam.
+      momentum: of Muon.
+      grad_clip_norm: the largest global norm of the gradient, over what is trained; 0: not clipped.
+      first_moment_dtype: "bfloat16" keeps it in half the memory (also Muon's momentum).
+      second_moment_dtype: likewise; then `b2` must be 0.99 or less, because nearer to 1 a change
+        is less than bfloat16 resolves, and the moment would never fall.
+      ema_decay: of the average of the parameters over time; 0: there is none. See `update_ema`.
+      layer_decay: from each block of the image encoder to the one before it the learning rate is
+        multiplied by this; 1: all alike. See `rate_factors`.
+      multipliers: (pattern, factor), …: factors on the learning rate of the parameters that a
+        pattern matches, the first that does.
+      freeze: patterns of parameters that are not trained; they have no optimizer state, and are
+        left out of the norm that is clipped.
+
+    A pattern is a regular expression for a whole name, or for what stands above it: "encoder",
+    "decoder/blocks", ".*/bias".
     """
 
-    learning_rate: float = 1e-3
+    name: str = "adamw"
     weight_decay: float = 0.1
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
+    momentum: float = 0.95
     grad_clip_norm: float = 1.0
-    schedule: str = "cosine"
-    warmup_steps: int = 0
-    cooldown_steps: int = 0
-    timescale: float = 10_000.0
     first_moment_dtype: str = "float32"
+    second_moment_dtype: str = "float32"
+    ema_decay: float = 0.0
+    layer_decay: float = 1.0
+    multipliers: tuple[tuple[str, float], ...] = ()
+    freeze: tuple[str, ...] = ()
 
     def __post_init__(self):
+        super().__post_init__()
         for name, choices in {
-            "schedule": SCHEDULES,
+            "name": OPTIMIZERS,
             "first_moment_dtype": MOMENT_DTYPES,
+            "second_moment_dtype": MOMENT_DTYPES,
         }.items():
             if getattr(self, name) not in choices:
                 raise UserError(
                     f"optimizer.{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}"
                 )
-        for name in ("b1", "b2"):
+        for name in ("b1", "b2", "momentum", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"optimizer.{name}={getattr(self, name)}: expected 0 <= {name} < 1")
-        for name in ("learning_rate", "eps", "timescale"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"optimizer.{name}={getattr(self, name)}: expected more than 0")
-        for name in ("weight_decay", "grad_clip_norm", "warmup_steps", "cooldown_steps"):
+        if not 0 < self.eps < math.inf:
+            raise UserError(f"optimizer.eps={self.eps}: expected more than 0")
+        if not 0 < self.layer_decay <= 1:
+            raise UserError(f"optimizer.layer_decay={self.layer_decay}: expected 0 < it <= 1")
+        for name in ("weight_decay", "grad_clip_norm"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"optimizer.{name}={getattr(self, name)}: expected 0 or more")
+        for pattern, factor in self.multipliers:
+            if not 0 < factor < math.inf:
+                raise UserError(
+                    f"optimizer.multipliers: {factor} for {pattern!r}: expected more than 0; "
+                    "optimizer.freeze holds parameters fast"
+                )
+        if self.second_moment_dtype != "float32" and self.b2 > 0.99:
+            raise UserError(
+                f"optimizer.second_moment_dtype={self.second_moment_dtype!r} with optimizer.b2="
+                f"{self.b2}: the moment would never fall; use b2=0.99 or less, or float32"
+            )
+        self._check_unused()
 
-
-def duration(
-    name: str,
-    settings: Mapping[str, Any],
-    *,
-    batch_size: int,
-    num_examples: int | None = None,
-    default: int | None = None,
-) -> int:
-    """Steps from whichever of `{name}_steps`, `{name}_examples`, `{name}_epochs` is given.
-
-    Examples and epochs are rounded up to whole batches of `batch_size`; an epoch is `num_examples`
-    examples. A key that is absent or None is not given; with none given the result is `default`.
-    Raises `UserError` where two are given, or none without a default, or the value does not do.
-    """
-    keys = [f"{name}_{unit}" for unit in UNITS]
-    given = {key: settings[key] for key in keys if settings.get(key) is not None}
-    if len(given) > 1:
-        raise UserError(f"{' and '.join(given)} are both set: give one, and None for the others")
-    if not given:
-        if default is not None:
-            return default
-        raise UserError(f"no {name} duration: give one of {', '.join(keys)}")
-    ((key, value),) = given.items()
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
-        raise UserError(f"{key}={value!r}: expected a number, 0 or more")
-    if key == keys[0]:
-        if value != int(value):
-            raise UserError(f"{key}={value!r}: expected a whole number of steps")
-        return int(value)
-    examples = value
-    if key == keys[2]:
-        if not num_examples:
-            raise UserError(f"{key}={value!r}: the source has no length; give {keys[0]} instead")
-        examples = value * num_examples
-    return math.ceil(round(examples / batch_size, 6))  # 0.1 * 30 is a little more than 3
-
-
-def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
-    """step -> learning rate, float32, with w = `warmup_steps`, c = `cooldown_steps`:
-
-        learning_rate * min(1, step / w) * min(1, (total_steps - step) / c) * decay(step)
-
-        cosine    (1 + cos(pi * clip((step - w) / (total_steps - w), 0, 1))) / 2
-        rsqrt     1 / sqrt(1 + max(step - w, 0) / timescale)
-        constant  1
-
-    A factor with w = 0 or c = 0 is left out. With a warm-up the rate of step 0 is 0. Source:
-    big_vision's `create_learning_rate_schedule`. Raises `UserError` where the parts do not fit.
-    """
-    warmup, cooldown = config.warmup_steps, config.cooldown_steps
-    if total_steps < 1:
-        raise UserError(f"total_steps={total_steps}: expected at least 1")
-    if warmup + cooldown > total_steps:
-        raise UserError(
-            f"optimizer.warmup_steps={warmup} + optimizer.cooldown_steps={cooldown} is more than "
-            f"total_steps={total_steps}: shorten them, or train longer"
-        )
-
-    def schedule(step):
-        after_warmup = jnp.maximum(jnp.asarray(step, jnp.float32) - warmup, 0)
-        rate = jnp.float32(config.learning_rate)
-        if config.schedule == "cosine":
-            progress = jnp.minimum(after_warmup / max(total_steps - warmup, 1), 1)
-            rate *= 0.5 * (1 + jnp.cos(jnp.pi * progress))
-        elif config.schedule == "rsqrt":
-            rate *= 1 / jnp.sqrt(1 + after_warmup / config.timescale)
-        if warmup:
-            rate *= jnp.minimum(1, step / warmup)
-        if cooldown:
-            rate *= jnp.clip((total_steps - step) / cooldown, 0, 1)
-        return rate
-
-    return schedule
-
-
-def is_decayed(params: Params) -> Params:
-    """Of each parameter, whether weight decay applies: those whose own name is `kernel`."""
-    return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
+    def _check_unused(self):
+        for field in dataclasses.fields(self):
+            users = [name for name, used in OPTIMIZERS.items() if field.name in used]
+            value = getattr(self, field.name)
+            if users and self.name not in users and value != field.default:
+                raise UserError(
+                    f"optimizer.{field.name}={value!r} is not used by optimizer.name="
+                    f"{self.name!r}, only by {', '.join(users)}; leave it at {field.default!r}"
+                )
 
 
 def make_optimizer(
-    config: OptimizerConfig, total_steps: int
+    config: OptimizerConfig, total_steps: int, params: Params | None = None
 ) -> tuple[optax.GradientTransformation, Schedule]:
-    """(clip by global norm, then AdamW; the schedule it follows)."""
+    """The optimizer of a nested dict of parameters, and the schedule that it follows.
+
+    `params` are those of the model without what pads them (`PureModel.unpadded_params`): means over
+    an axis need its true size, and patterns that match nothing raise `UserError` here already.
+    """
     schedule = learning_rate_schedule(config, total_steps)
-    adamw = optax.adamw(
-        schedule,
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.eps,
-        mu_dtype=config.first_moment_dtype,
-        weight_decay=config.weight_decay,
-        mask=is_decayed,
-    )
-    if not config.grad_clip_norm:
-        return adamw, schedule
-    return optax.chain(optax.clip_by_global_norm(config.grad_clip_norm), adamw), schedule
+    used = {name: x.shape for name, x in by_name(params or {}).items()}
+
+    def parts(params: Params) -> tuple[optax.GradientTransformation, list[str]]:
+        """What trains, of these parameters (concrete, traced or abstract), and which it trains."""
+        frozen = frozen_names(params, config.freeze)
+        factors = rate_factors(params, config.layer_decay, config.multipliers)
+        tx = _transformation(config, schedule, layouts(params, used), factors)
+        return tx, [name for name in by_name(params) if name not in frozen]
+
+    def init(params: Any):
+        tx, trained = parts(params)
+        leaves = by_name(params)
+        return tx.init({name: leaves[name] for name in trained})
+
+    def update(updates: Any, state: Any, params: Any = None):
+        tx, trained = parts(params)
+        gradients, leaves = by_name(updates), by_name(params)
+        trained_leaves = {name: leaves[name] for name in trained}
+        steps: Any = tx.update({name: gradients[name] for name in trained}, state, trained_leaves)
+        # Not +0: x + -0 is x bit for bit, also where x is -0.
+        moves = [steps[0].get(name, jnp.full_like(x, -0.0)) for name, x in leaves.items()]
+        return jax.tree.unflatten(jax.tree.structure(params), moves), steps[1]
+
+    if params is not None:
+        parts(params)
+    return optax.GradientTransformation(init, update), schedule
+
+
+def _transformation(
+    config: OptimizerConfig,
+    schedule: Schedule,
+    layouts: dict[str, Layout],
+    factors: dict[str, Any],
+) -> optax.GradientTransformation:
+    """The optimizer of a dict of arrays by name."""
+    decay = optax.add_decayed_weights(config.weight_decay, mask=is_decayed)
+    scale = each(lambda name, update, _: update * factors[name])
+    steps = [_direction(config, layouts)]
+    if config.name == "big_vision_adafactor":
+        peak = config.learning_rate
+        steps += [scale, optax.scale(peak), decay]
+        steps += [optax.scale_by_learning_rate(lambda step: schedule(step) / peak)]
+    else:
+        steps += [decay, scale, optax.scale_by_learning_rate(schedule)]
+    if config.grad_clip_norm:
+        steps.insert(0, optax.clip_by_global_norm(config.grad_clip_norm))
+    return optax.chain(*steps)
+
+
+def _direction(config: OptimizerConfig, layouts: dict[str, Layout]) -> optax.GradientTransformation:
+    """What the optimizer makes of a gradient, before the learning rate."""
+    if config.name == "big_vision_adafactor":
+        # A bfloat16 moment is also multiplied in bfloat16, where 0.9 is 0.8984375: so it is there.
+        return optax.chain(
+            scale_by_factored_rms(layouts, min_size=32, max_decay=config.b2),
+            optax.ema(config.b1, debias=False, accumulator_dtype=jnp.bfloat16),
+        )
+    if config.name == "adafactor":
+        return optax.chain(
+            scale_by_factored_rms(layouts, min_size=128),
+            clip_by_rms(layouts, 1.0),
+            scale_by_parameter_rms(layouts),
+        )
+    adam = _scale_by_adam(config)
+    if config.name == "muon":
+        dtype = config.first_moment_dtype
+        return scale_by_muon(layouts, adam, momentum=config.momentum, momentum_dtype=dtype)
+    return adam
+
+
+def _scale_by_adam(config: OptimizerConfig) -> optax.GradientTransformation:
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.first_moment_dtype)
+    if config.second_moment_dtype == "float32":
+        return adam
+
+    def init(params: Any):
+        return rounded(adam.init(params))
+
+    def rounded(state: Any):
+        return state._replace(nu=optax.tree.cast(state.nu, config.second_moment_dtype))
+
+    def update(updates: Any, state: Any, params: Any = None):
+        # Widened first: optax would do the sum in bfloat16.
+        state = state._replace(nu=optax.tree.cast(state.nu, jnp.float32))
+        updates, state = adam.update(updates, state, params)
+        return updates, rounded(state)
+
+    return optax.GradientTransformation(init, update)
+
+
+def is_decayed(params: dict[str, Any]) -> dict[str, bool]:
+    """Of each name, whether weight decay applies: to those whose last part is `kernel`."""
+    return {name: name.rsplit("/", 1)[-1] == "kernel" for name in params}
