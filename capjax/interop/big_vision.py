@@ -1,26 +1,34 @@
-"""Weights of big_vision in and out: `.npz` files with `/`-joined names.
+"""Weights of big_vision in and out: CapPa, two towers (SigLIP, SigLIP 2) and plain ViTs.
 
-Both of its layouts are read and written: "loop" (one entry per block) and "scan" (blocks stacked on
-axis 0 in encoders and on axis 1 in CapPa's decoder). Source: `models/proj/cappa/cappa.py`,
-`models/vit.py` and `utils.py` of google-research/big_vision.
+Source: `models/proj/cappa/cappa.py`, `models/proj/image_text/`, `models/vit.py` and `utils.py` of
+google-research/big_vision. How its files are laid out is `npz`'s matter.
 """
 
-import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from capjax.dims import Params
 from capjax.errors import UserError
+from capjax.interop.big_vision_config import (
+    CAPPA,
+    TWO_TOWERS,
+    VIT,
+    captioner_config,
+    image_config,
+    two_towers_config,
+)
+from capjax.interop.compare import activation_lines, activations, sample_inputs
 from capjax.interop.mapping import (
     FlatArrays,
     Index,
     Leaf,
+    Modules,
     Shapes,
     Table,
+    Weights,
     depth_of,
     export,
     fill,
@@ -28,21 +36,14 @@ from capjax.interop.mapping import (
     shapes_of,
     used_rows,
 )
-from capjax.models import Captioner, CaptionerConfig
+from capjax.interop.npz import LAYOUTS, read_npz, split_subtree, stacked
+from capjax.interop.reference import reference_activations
+from capjax.models.captioner import Captioner, CaptionerConfig
+from capjax.models.image_encoder import ImageEncoderConfig
+from capjax.models.image_tower import ImageTower
+from capjax.models.two_towers import TwoTowers, TwoTowersConfig
 
-LAYOUTS = ("loop", "scan")
-
-
-class _Stack(NamedTuple):
-    """A stack of blocks: theirs is `name/...` in scan layout, `name<separator>0/...` in loop."""
-
-    name: str
-    separator: str
-    axis: int  # on which the scan layout stacks
-    path: str  # ours
-    modules: tuple[tuple[str, str, int | None], ...]
-
-
+# (their module, ours, which of the kernels that we keep side by side it is)
 _ENCODER_BLOCK = (
     ("LayerNorm_0", "attention_norm", None),
     ("MultiHeadDotProductAttention_0/query", "attention/qkv", 0),
@@ -68,178 +69,177 @@ _DECODER_BLOCK = (
     ("MLP/Dense_0", "mlp/up", None),
     ("MLP/Dense_1", "mlp/down", None),
 )
-_CAPTIONER_MODULES = (
-    ("encoder/embedding", "encoder/patch_embedding", None),
-    ("encoder/Transformer/encoder_norm", "encoder/norm", None),
+_IMAGE = (
+    ("embedding", "encoder/patch_embedding", None),
+    ("Transformer/encoder_norm", "encoder/norm", None),
+    ("MAPHead_0/MultiHeadDotProductAttention_0/query", "image_head/pool/attention/query", None),
+    ("MAPHead_0/MultiHeadDotProductAttention_0/key", "image_head/pool/attention/key_value", 0),
+    ("MAPHead_0/MultiHeadDotProductAttention_0/value", "image_head/pool/attention/key_value", 1),
+    ("MAPHead_0/MultiHeadDotProductAttention_0/out", "image_head/pool/attention/out", None),
+    ("MAPHead_0/LayerNorm_0", "image_head/pool/norm", None),
+    ("MAPHead_0/MlpBlock_0/Dense_0", "image_head/pool/mlp/up", None),
+    ("MAPHead_0/MlpBlock_0/Dense_1", "image_head/pool/mlp/down", None),
+    ("head", "image_head/projection", None),
+)
+_TEXT = (
+    ("txt/Embed_0", "text_encoder/token_embedding", None),
+    ("txt/Encoder_0/encoder_norm", "text_encoder/norm", None),
+    ("txt/head", "text_encoder/projection", None),
+)
+_DECODER = (
     ("decoder/EmbedTargets", "decoder/token_embedding", None),
     ("decoder/LayerNorm", "decoder/norm", None),
     ("decoder/LogitsDense", "decoder/head", None),
 )
-_CAPTIONER_TABLE = {
-    "encoder/pos_embedding": Leaf("encoder/position_embedding", groups=((), (0,), (1,))),
-    "pos_embedding_decoder": Leaf("decoder/position_embedding", groups=((), (0,), (1,))),
-}
-_CAPTIONER_STACKS = (
-    _Stack("encoder/Transformer/encoderblock", "_", 0, "encoder/blocks", _ENCODER_BLOCK),
-    _Stack("decoder/EncDecBlock", "", 1, "decoder/blocks", _DECODER_BLOCK),
+# Single arrays: their name, ours, and how many axes theirs has (the first ones of length 1).
+_IMAGE_ARRAYS = (
+    ("pos_embedding", "encoder/position_embedding", 3),
+    ("cls", "encoder/class_token", 3),
+    ("MAPHead_0/probe", "image_head/pool/probe", 3),
 )
+_OTHER_ARRAYS = (
+    ("txt/pos_embedding", "text_encoder/position_embedding", 3),
+    ("t", "contrastive/logit_scale", 1),
+    ("b", "contrastive/logit_bias", 1),
+    ("pos_embedding_decoder", "decoder/position_embedding", 3),
+)
+# What every model of theirs computes with; a model of ours that does otherwise has no place there.
+_NUMERICS = {
+    "activation": "gelu_tanh",
+    "norm_eps": 1e-6,
+    "image_mean": (0.5, 0.5, 0.5),
+    "image_std": (0.5, 0.5, 0.5),
+    "text_causal": False,
+    "text_pool": "last",
+    "mask_padding": False,
+}
 
 
-def captioner_from_npz(
-    source: str | Path | Mapping[str, np.ndarray],
-    *,
-    image_size: int | None = None,
-    text_length: int | None = None,
-    **numerics: Any,
-) -> tuple[CaptionerConfig, Params]:
-    """The configuration and the parameters (float32, on the host) in a big_vision CapPa file.
+def read(source: str | Path | Mapping[str, np.ndarray], **fields: Any) -> Weights:
+    """The configuration and the parameters in a big_vision file.
 
     Args:
-      source: an `.npz` file, or its arrays by name; in loop or scan layout, under `params/`,
-        under `opt/target/` or at the top; bfloat16 may arrive as raw 2-byte items.
-      image_size: pixels; needed where the positions are fixed, and so are not in the file.
-      text_length: tokens; likewise.
-      **numerics: further fields of `CaptionerConfig`: dtype, remat, scan.
+      source: an `.npz` file, perhaps with a sub-tree (`file.npz:img`), or its arrays by name.
+      **fields: of the configuration: what the file does not tell (`image_size` and `text_length`
+        where positions are fixed), and what is ours to choose (`dtype`, `remat`, `scan`, ...).
 
-    Raises `UserError` with the whole difference where names or shapes are not those of a CapPa.
+    Raises `UserError` with the whole difference where names or shapes are not theirs.
     """
-    arrays = _read(source)
-    config = _infer_config(arrays, image_size, text_length, numerics)
-    shapes = shapes_of(Captioner(config).abstract_params())
-    layout = _layout_of(arrays, _CAPTIONER_STACKS)
-    table = _captioner_table(config, shapes, layout)
-    return config, fill(table, arrays, shapes, "a big_vision CapPa")
+    arrays = read_npz(source)
+    fields = {name: value for name, value in fields.items() if value is not None}
+    tops = {name.split("/")[0] for name in arrays}
+    preprocessing = {"antialias": False, "mode": "stretch"}
+    if "decoder" in tops:
+        config = captioner_config(arrays, fields)
+        params = _fill(config, arrays, CAPPA)
+        return Weights("captioner", config, params, (), preprocessing)
+    if "txt" in tops:
+        config = two_towers_config(arrays, fields)
+        params = _fill(config, arrays, TWO_TOWERS)
+        return Weights("two_towers", config, params, (), preprocessing)
+    if "embedding" not in tops:
+        raise UserError(
+            f"{_named(source)}: neither a CapPa nor two towers nor a ViT of big_vision's; "
+            f"it has {', '.join(sorted(tops)) or 'nothing'}"
+        )
+    dropped = tops & {"head", "pre_logits"}
+    arrays = {name: x for name, x in arrays.items() if name.split("/")[0] not in dropped}
+    config = image_config(arrays, fields)
+    notes = tuple(f"{name}/ (the classifier's) was left out" for name in sorted(dropped))
+    return Weights("image_encoder", config, _fill(config, arrays, VIT), notes, preprocessing)
 
 
-def captioner_to_npz(
-    path: str | Path, config: CaptionerConfig, params: Params, *, layout: str = "loop"
-) -> None:
-    """Writes `params` as big_vision would, in one of `LAYOUTS`."""
-    np.savez(path, **captioner_to_arrays(config, params, layout=layout))  # pyrefly: ignore
+def write(path: str | Path, weights: Weights, layout: str = "loop") -> None:
+    """Writes the weights as big_vision would, float32, in one of `LAYOUTS`."""
+    arrays = to_arrays(weights.config, weights.params, layout)
+    with Path(path).open("wb") as file:
+        np.savez(file, **arrays)  # pyrefly: ignore
 
 
-def captioner_to_arrays(
-    config: CaptionerConfig, params: Params, *, layout: str = "loop"
-) -> FlatArrays:
-    """`params` under big_vision's names, without padding, in one of `LAYOUTS`.
+def compare(path: str | Path, weights: Weights) -> list[str]:
+    """What the file computes by `reference`, beside what `weights` compute here."""
+    config = weights.config
+    images, tokens = sample_inputs(
+        config.image_size, getattr(config, "text_length", 0), getattr(config, "vocab_size", 0)
+    )
+    wanted = reference_activations(read_npz(path), weights.model, images, tokens)
+    found = activations(weights, images, tokens)
+    return activation_lines(found, wanted, "a NumPy reference of big_vision's equations")
 
-    Where `params` are numpy arrays these are views of them, never copies.
+
+def to_arrays(config: ImageEncoderConfig, params: Params, layout: str = "loop") -> FlatArrays:
+    """Parameters, or their gradients, under big_vision's names, without padding.
+
+    In loop layout numpy arrays give views of them, never copies. Raises `UserError` where
+    big_vision has no such model.
     """
     if layout not in LAYOUTS:
         raise UserError(f"layout={layout!r}: choose one of {LAYOUTS}")
-    return export(_captioner_table(config, shapes_of(params), layout), params)
+    for name, theirs in _NUMERICS.items():
+        if (ours := getattr(config, name, theirs)) != theirs:
+            raise UserError(f"{name}={ours!r}: big_vision's models have {theirs!r}")
+    arrays = export(_table(config, shapes_of(params)), params)
+    return stacked(arrays) if layout == "scan" else arrays
 
 
-def _captioner_table(config: CaptionerConfig, shapes: Shapes, layout: str) -> Table:
+def _fill(config: ImageEncoderConfig, arrays: FlatArrays, what: str) -> Params:
+    match config:
+        case CaptionerConfig():
+            model = Captioner(config)
+        case TwoTowersConfig():
+            model = TwoTowers(config)
+        case _:
+            model = ImageTower(config)
+    shapes = shapes_of(model.abstract_params())
+    return fill(_table(config, shapes), arrays, shapes, what)
+
+
+def _table(config: ImageEncoderConfig, shapes: Shapes) -> Table:
+    """Where each array of the model of this configuration lies in ours."""
+    match config:
+        case CaptionerConfig():
+            tower, modules, used = "encoder/", _DECODER, _captioner_rows(config)
+        case TwoTowersConfig():
+            rows: Index = (slice(config.vocab_size),)
+            tower, modules = "img/", _TEXT
+            used = {"text_encoder/token_embedding/embedding": rows}
+        case _:
+            tower, modules, used = "", (), {}
+    below_tower = [(f"{tower}{theirs}", ours, part) for theirs, ours, part in _IMAGE]
+    table = _entries((*below_tower, *modules), shapes)
+    arrays = [(f"{tower}{theirs}", ours, axes) for theirs, ours, axes in _IMAGE_ARRAYS]
+    for theirs, path, axes in (*arrays, *_OTHER_ARRAYS):
+        if path in shapes:
+            ones = axes - len(shapes[path])
+            groups = (*((),) * ones, *((i,) for i in range(axes - ones)))
+            table[theirs] = Leaf(path, groups=groups)
+    for theirs, root, modules in (
+        (f"{tower}Transformer/encoderblock_", "encoder/blocks", _ENCODER_BLOCK),
+        ("txt/Encoder_0/encoderblock_", "text_encoder/blocks", _ENCODER_BLOCK),
+        ("decoder/EncDecBlock", "decoder/blocks", _DECODER_BLOCK),
+    ):
+        for i in range(depth_of(shapes, root)):
+            table |= {
+                f"{theirs}{i}/{module}/{leaf}": where
+                for module, leaf, where in leaves(modules, shapes, root, i)
+            }
+    return used_rows(table, used)
+
+
+def _entries(modules: Modules, shapes: Shapes) -> Table:
+    return {f"{theirs}/{leaf}": where for theirs, leaf, where in leaves(modules, shapes)}
+
+
+def _captioner_rows(config: CaptionerConfig) -> dict[str, Index]:
+    """What is in use of the padded vocabularies."""
     tokens = slice(config.vocab_size)
-    used: dict[str, Index] = {
+    return {
         "decoder/token_embedding/embedding": (slice(config.num_embeddings),),
         "decoder/head/kernel": (slice(None), tokens),
         "decoder/head/bias": (tokens,),
     }
-    table = {name: leaf for name, leaf in _CAPTIONER_TABLE.items() if leaf.path in shapes}
-    table |= {f"{name}/{x}": leaf for name, x, leaf in leaves(_CAPTIONER_MODULES, shapes)}
-    for stack in _CAPTIONER_STACKS:
-        table |= _stack_table(stack, shapes, layout)
-    return used_rows(table, used)
 
 
-def _stack_table(stack: _Stack, shapes: Shapes, layout: str) -> Table:
-    if layout == "loop":
-        return {
-            f"{stack.name}{stack.separator}{i}/{module}/{x}": leaf
-            for i in range(depth_of(shapes, stack.path))
-            for module, x, leaf in leaves(stack.modules, shapes, stack.path, i)
-        }
-    table = {}
-    for module, x, leaf in leaves(stack.modules, shapes, stack.path):
-        axes = list(range(1, len(shapes[leaf.path]) - (len(leaf.index) > 1)))
-        axes.insert(stack.axis, 0)
-        groups = tuple((axis,) for axis in axes)
-        table[f"{stack.name}/{module}/{x}"] = leaf._replace(groups=groups)
-    return table
-
-
-def _layout_of(arrays: Mapping[str, np.ndarray], stacks: tuple[_Stack, ...]) -> str:
-    in_scan = any(name.startswith(f"{stack.name}/") for stack in stacks for name in arrays)
-    return "scan" if in_scan else "loop"
-
-
-def _read(source: str | Path | Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-    """The arrays at the parameters' own names."""
-    if not isinstance(source, Mapping):
-        try:
-            with np.load(source, allow_pickle=False) as file:
-                source = {name: file[name] for name in file.files}
-        except (OSError, ValueError) as error:
-            raise UserError(f"{source}: not a readable .npz file ({error})") from error
-    for prefix in ("params/", "opt/target/"):
-        if any(name.startswith(prefix) for name in source):
-            names = [name for name in source if name.startswith(prefix)]
-            return {name.removeprefix(prefix): source[name] for name in names}
-    return source
-
-
-def _infer_config(
-    arrays: Mapping[str, np.ndarray],
-    image_size: int | None,
-    text_length: int | None,
-    numerics: dict,
-) -> CaptionerConfig:
-    """The configuration that these arrays are of, if they are a CapPa's at all."""
-    shapes = {name: x.shape for name, x in arrays.items()}
-    depths = [_add_any_block(shapes, stack) for stack in _CAPTIONER_STACKS]
-    encoder, decoder = (f"{stack.name}*" for stack in _CAPTIONER_STACKS)
-    needed = (
-        "encoder/embedding/kernel",
-        f"{encoder}/MultiHeadDotProductAttention_0/query/kernel",
-        f"{encoder}/MlpBlock_0/Dense_0/kernel",
-        "decoder/EmbedTargets/embedding",
-        f"{decoder}/SelfAttn/query/kernel",
-        f"{decoder}/MLP/Dense_0/kernel",
-        "decoder/LogitsDense/kernel",
-    )
-    missing = [name for name in needed if name not in shapes]
-    if missing:
-        raise UserError(f"not the weights of a big_vision CapPa: missing: {', '.join(missing)}")
-    patch, heads, mlp, tokens, text_heads, text_mlp, head = (shapes[name] for name in needed)
-    learned = "encoder/pos_embedding" in shapes
-    if learned:
-        image_size = image_size or patch[0] * math.isqrt(shapes["encoder/pos_embedding"][1])
-        text_length = text_length or shapes.get("pos_embedding_decoder", (1, 64))[1]
-    if not image_size or not text_length:
-        raise UserError("weights with fixed positions: give image_size and text_length")
-    return CaptionerConfig(
-        image_size=image_size,
-        patch_size=patch[0],
-        width=patch[-1],
-        depth=depths[0],
-        num_heads=heads[1],
-        mlp_dim=mlp[1],
-        posemb="learn" if learned else "sincos2d",
-        decoder_width=head[0],
-        decoder_depth=depths[1],
-        decoder_num_heads=text_heads[1],
-        decoder_mlp_dim=text_mlp[1],
-        decoder_bias=f"{decoder}/MLP/Dense_0/bias" in shapes,
-        vocab_size=head[1],
-        text_length=text_length,
-        mask_token=tokens[0] > head[1],
-        **numerics,
-    )
-
-
-def _add_any_block(shapes: Shapes, stack: _Stack) -> int:
-    """Adds the shapes in one block of a stack as `name*/...`; returns the number of blocks."""
-    depth = 0
-    for name, shape in list(shapes.items()):
-        match = re.fullmatch(rf"{stack.name}(?:{stack.separator}(\d+))?/(.+)", name)
-        if match is None:
-            continue
-        number, rest = match.groups()
-        if number is None:
-            depth = max(depth, shape[stack.axis])
-            shape = shape[: stack.axis] + shape[stack.axis + 1 :]
-        depth = max(depth, 0 if number is None else int(number) + 1)
-        shapes[f"{stack.name}*/{rest}"] = shape
-    return depth
+def _named(source: Any) -> str:
+    path = "the arrays" if isinstance(source, Mapping) else ":".join(split_subtree(source))
+    return path.removesuffix(":")

@@ -9,12 +9,10 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 
-from capjax.errors import UserError
-from capjax.interop.big_vision import captioner_from_npz, captioner_to_arrays, captioner_to_npz
+from capjax.interop.big_vision import read, to_arrays
 from capjax.models import Captioner, CaptionerConfig
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "big_vision_cappa.npz"
@@ -52,7 +50,7 @@ def caption_nll(logits_BLV, labels_BL):
 def parity(request):
     """Every output that the fixture names, computed by our model from their weights in one jit."""
     case = load_case(request.param)
-    config, params = captioner_from_npz(case)
+    _, config, params, *_ = read(case)
     model = Captioner(config)
     parallel = config.mask_token
 
@@ -166,7 +164,7 @@ def test_gradients_equal_theirs(parity):
     case, config, _, grads = parity
     for mode, grad in grads.items():
         want = below(f"grad/{mode}/", case)
-        found = captioner_to_arrays(config, grad)
+        found = to_arrays(config, grad)
         assert found.keys() == want.keys()
         for name, x in found.items():
             assert_close(x, want[name], 5e-6, f"{mode} {name}")
@@ -177,7 +175,7 @@ def test_gradients_equal_theirs(parity):
 def test_initial_spread_equals_theirs(parity):
     case, config, _, _ = parity
     model = Captioner(config)
-    draws = [captioner_to_arrays(config, model.init(jax.random.key(seed))) for seed in range(8)]
+    draws = [to_arrays(config, model.init(jax.random.key(seed))) for seed in range(8)]
     want = below("init_std/", case)
     assert draws[0].keys() == want.keys()
     for name, std in want.items():
@@ -185,113 +183,3 @@ def test_initial_spread_equals_theirs(parity):
         found = np.sqrt(np.mean([np.var(draw[name]) for draw in draws]))
         # Their figure is one draw: its relative error is about 1/sqrt(2 size), normal or uniform.
         assert abs(found - std) <= 4 * std / np.sqrt(2 * size), (name, found, std)
-
-
-ASYMMETRIC = CaptionerConfig(
-    image_size=12,
-    patch_size=4,
-    width=16,
-    depth=3,
-    num_heads=4,
-    mlp_dim=24,
-    decoder_width=8,
-    decoder_depth=2,
-    decoder_num_heads=2,
-    decoder_mlp_dim=20,
-    decoder_bias=True,
-    vocab_size=130,
-    text_length=5,
-)
-
-
-def random_params(config: CaptionerConfig) -> dict:
-    """Normal draws everywhere, zero in the padding (which no file holds)."""
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda x: np.zeros(x.shape, np.float32), Captioner(config).abstract_params()
-    )
-    for view in captioner_to_arrays(config, params).values():
-        view[...] = 0.3 * rng.standard_normal(view.shape)
-    return params
-
-
-def assert_trees_equal(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
-@pytest.mark.parametrize("layout", ["loop", "scan"])
-def test_round_trip(layout, tmp_path):
-    params = random_params(ASYMMETRIC)
-    path = tmp_path / "weights.npz"
-    captioner_to_npz(path, ASYMMETRIC, params, layout=layout)
-    config, restored = captioner_from_npz(path)
-    assert config == ASYMMETRIC
-    assert_trees_equal(restored, params)
-
-
-def test_scan_layout_stacks_as_theirs():
-    arrays = captioner_to_arrays(ASYMMETRIC, random_params(ASYMMETRIC), layout="scan")
-    loop = captioner_to_arrays(ASYMMETRIC, random_params(ASYMMETRIC))
-    query = arrays["encoder/Transformer/encoderblock/MultiHeadDotProductAttention_0/query/kernel"]
-    assert query.shape == (3, 16, 4, 4)
-    assert arrays["decoder/EncDecBlock/CrossAttn/key/kernel"].shape == (16, 2, 2, 4)
-    for i in range(2):
-        np.testing.assert_array_equal(
-            arrays["decoder/EncDecBlock/LayerNorm1/scale"][:, i],
-            loop[f"decoder/EncDecBlock{i}/LayerNorm1/scale"],
-        )
-
-
-def test_fixed_positions_need_sizes():
-    sincos = CaptionerConfig(**{**vars(ASYMMETRIC), "posemb": "sincos2d"})
-    params = random_params(sincos)
-    arrays = captioner_to_arrays(sincos, params)
-    with pytest.raises(UserError, match="image_size and text_length"):
-        captioner_from_npz(arrays)
-    config, restored = captioner_from_npz(arrays, image_size=12, text_length=5)
-    assert config == sincos
-    assert_trees_equal(restored, params)
-
-
-@pytest.mark.parametrize("prefix", ["params/", "opt/target/"])
-def test_wrappings(prefix):
-    params = random_params(ASYMMETRIC)
-    arrays = captioner_to_arrays(ASYMMETRIC, params)
-    wrapped = {prefix + name: x for name, x in arrays.items()} | {"opt/state/step": np.zeros(())}
-    assert_trees_equal(captioner_from_npz(wrapped, dtype="bfloat16")[1], params)
-
-
-def test_bfloat16_as_numpy_saves_it(tmp_path):
-    params = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), random_params(ASYMMETRIC))
-    path = tmp_path / "weights.npz"
-    captioner_to_npz(path, ASYMMETRIC, params)
-    with np.load(path) as file:
-        assert file["decoder/LayerNorm/scale"].dtype == np.dtype("V2")
-    restored = captioner_from_npz(path)[1]
-    assert_trees_equal(restored, jax.tree.map(lambda x: x.astype(np.float32), params))
-
-
-def test_every_difference_is_named():
-    arrays = captioner_to_arrays(ASYMMETRIC, random_params(ASYMMETRIC))
-    del arrays["decoder/LayerNorm/bias"], arrays["decoder/EncDecBlock0/SelfAttn/out/kernel"]
-    arrays["img/head/kernel"] = np.zeros(3, np.float32)
-    arrays["encoder/embedding/bias"] = np.zeros(17, np.float32)
-    with pytest.raises(UserError) as error:
-        captioner_from_npz(arrays)
-    assert str(error.value) == (
-        "not the weights of a big_vision CapPa: "
-        "missing: decoder/EncDecBlock0/SelfAttn/out/kernel, decoder/LayerNorm/bias; "
-        "not used: img/head/kernel; "
-        "shapes: encoder/embedding/bias (17,) instead of (16,)"
-    )
-
-
-def test_other_files_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"missing: encoder/embedding/kernel, .*LogitsDense"):
-        captioner_from_npz({"w": np.zeros(3)})
-    with pytest.raises(UserError, match=r"nothing\.npz"):
-        captioner_from_npz(tmp_path / "nothing.npz")
-    (tmp_path / "text.npz").write_text("not an archive")
-    with pytest.raises(UserError, match=r"text\.npz: not a readable \.npz file"):
-        captioner_from_npz(tmp_path / "text.npz")

@@ -1,134 +1,96 @@
-"""The model against a second implementation, in NumPy and float64, from the published equations.
+"""The models against a second implementation, in NumPy and float64, from the published equations.
 
-It reads big_vision's names, so it also checks the converter, for what the fixture does not hold:
-a decoder of another width, depth and number of heads, biases in the decoder, fixed positions.
+It reads big_vision's names, so it also checks the converter, for what the fixtures do not hold:
+towers of other widths, depths and heads, biases in the decoder, fixed positions, every pooling.
+The reference itself is checked against what big_vision wrote.
 """
 
-import dataclasses
-import math
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from capjax.interop.big_vision import captioner_to_arrays
-from capjax.models import Captioner, CaptionerConfig
+from capjax.interop.big_vision import read, to_arrays
+from capjax.interop.compare import TOLERANCE, activation_lines, activations, sample_inputs
+from capjax.interop.mapping import Weights
+from capjax.interop.reference import reference_activations
+from capjax.models import Captioner, CaptionerConfig, TwoTowers, TwoTowersConfig
+from capjax.models.image_encoder import ImageEncoderConfig
+from capjax.models.image_tower import ImageTower
 
-CONFIG = CaptionerConfig(
-    image_size=12,
-    patch_size=4,
-    width=16,
-    depth=3,
-    num_heads=4,
-    mlp_dim=24,
-    decoder_width=8,
-    decoder_depth=2,
-    decoder_num_heads=2,
-    decoder_mlp_dim=20,
-    decoder_bias=True,
-    vocab_size=30,
-    text_length=5,
-)
-
-
-def layer_norm(x, p, name):
-    x = x - x.mean(-1, keepdims=True)
-    y = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-6) * p[f"{name}/scale"]
-    return y + p.get(f"{name}/bias", 0)
-
-
-def attention(x, memory, p, name, visible=None):
-    def heads(x, part):
-        kernel = p[f"{name}/{part}/kernel"]
-        return np.einsum("...d,dhk->...hk", x, kernel) + p.get(f"{name}/{part}/bias", 0)
-
-    query, key, value = heads(x, "query"), heads(memory, "key"), heads(memory, "value")
-    logits = np.einsum("qhk,shk->hqs", query, key) / math.sqrt(query.shape[-1])
-    if visible is not None:
-        logits = np.where(visible, logits, -np.inf)
-    weights = np.exp(logits - logits.max(-1, keepdims=True))
-    weights /= weights.sum(-1, keepdims=True)
-    mixed = np.einsum("hqs,shk->qhk", weights, value)
-    return np.einsum("qhk,hkd->qd", mixed, p[f"{name}/out/kernel"]) + p.get(f"{name}/out/bias", 0)
-
-
-def mlp(x, p, name):
-    x = x @ p[f"{name}/Dense_0/kernel"] + p.get(f"{name}/Dense_0/bias", 0)
-    x = x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-    return x @ p[f"{name}/Dense_1/kernel"] + p.get(f"{name}/Dense_1/bias", 0)
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+IMAGE = {"image_size": 12, "patch_size": 4, "width": 16, "depth": 3, "num_heads": 4, "mlp_dim": 24}
+DECODER = {
+    "decoder_width": 8,
+    "decoder_depth": 2,
+    "decoder_num_heads": 2,
+    "decoder_mlp_dim": 20,
+    "decoder_bias": True,
+    "vocab_size": 30,
+    "text_length": 5,
+}
+TEXT = {
+    "text_width": 12,
+    "text_depth": 2,
+    "text_num_heads": 3,
+    "text_mlp_dim": 20,
+    "vocab_size": 30,
+    "text_length": 5,
+}
+MODELS = {"captioner": Captioner, "two_towers": TwoTowers, "image_encoder": ImageTower}
+CASES = {
+    "captioner": CaptionerConfig(**IMAGE, **DECODER),
+    "captioner, fixed positions": CaptionerConfig(**IMAGE, **DECODER, posemb="sincos2d"),
+    "captioner, plain": CaptionerConfig(
+        **IMAGE, **DECODER | {"decoder_bias": False}, mask_token=False
+    ),
+    "two_towers, map": TwoTowersConfig(**IMAGE, **TEXT, pool="map"),
+    "two_towers, tok": TwoTowersConfig(
+        **IMAGE, **TEXT, pool="tok", image_projection=True, embedding_dim=20
+    ),
+    "two_towers, gap": TwoTowersConfig(**IMAGE, **TEXT, posemb="sincos2d", logit_bias_init=None),
+    "image_encoder, gap": ImageEncoderConfig(**IMAGE),
+    "image_encoder, tok": ImageEncoderConfig(**IMAGE, pool="tok"),
+    "image_encoder, map": ImageEncoderConfig(**IMAGE, pool="map", posemb="sincos2d"),
+}
 
 
-def positions(rows, columns, width):
-    frequencies = [1e4 ** (-i / (width // 4 - 1)) for i in range(width // 4)]
-    return np.array(
-        [
-            [f(x * w) for x in (column, row) for f in (math.sin, math.cos) for w in frequencies]
-            for row in range(rows)
-            for column in range(columns)
-        ]
-    )
-
-
-def caption_logits(config, p, image, tokens, is_parallel):
-    """Logits (L, V) of one example: a float image (H, W, 3) and decoder inputs (L,)."""
-    size, grid = config.patch_size, config.image_size // config.patch_size
-    patches = [
-        image[size * i : size * (i + 1), size * j : size * (j + 1)].ravel()
-        for i in range(grid)
-        for j in range(grid)
-    ]
-    kernel = p["encoder/embedding/kernel"].reshape(-1, config.width)
-    x = np.array(patches) @ kernel + p["encoder/embedding/bias"]
-    learned = config.posemb == "learn"
-    x = x + (p["encoder/pos_embedding"][0] if learned else positions(grid, grid, config.width))
-    for i in range(config.depth):
-        name = f"encoder/Transformer/encoderblock_{i}"
-        y = layer_norm(x, p, f"{name}/LayerNorm_0")
-        x = x + attention(y, y, p, f"{name}/MultiHeadDotProductAttention_0")
-        x = x + mlp(layer_norm(x, p, f"{name}/LayerNorm_1"), p, f"{name}/MlpBlock_0")
-    encoded = layer_norm(x, p, "encoder/Transformer/encoder_norm")
-
-    length = len(tokens)
-    places = p["pos_embedding_decoder"][0] if learned else positions(1, 5, config.decoder_width)
-    x = p["decoder/EmbedTargets/embedding"][tokens] + places[:length]
-    visible = np.ones((length, length), bool) if is_parallel else np.tri(length, dtype=bool)
-    for i in range(config.decoder_depth):
-        name = f"decoder/EncDecBlock{i}"
-        y = layer_norm(x, p, f"{name}/LayerNorm1")
-        x = x + attention(y, y, p, f"{name}/SelfAttn", visible)
-        y = layer_norm(x, p, f"{name}/LayerNorm2")
-        x = x + attention(y, encoded, p, f"{name}/CrossAttn")
-        x = x + mlp(layer_norm(x, p, f"{name}/LayerNorm3"), p, f"{name}/MLP")
-    x = layer_norm(x, p, "decoder/LayerNorm")
-    return x @ p["decoder/LogitsDense/kernel"] + p["decoder/LogitsDense/bias"]
-
-
-@pytest.mark.parametrize("length", [5, 3])
-@pytest.mark.parametrize(
-    "fields",
-    [{}, {"posemb": "sincos2d"}, {"decoder_bias": False, "mask_token": False}],
-    ids=str,
-)
-def test_logits_equal_the_reference(fields, length):
-    config = dataclasses.replace(CONFIG, **fields)
-    model = Captioner(config)
+@pytest.mark.parametrize("case", CASES)
+def test_activations_equal_the_reference(case):
+    config, name = CASES[case], case.split(",")[0]
     rng = np.random.default_rng(0)
     params = jax.tree.map(
-        lambda x: (0.4 * rng.standard_normal(x.shape)).astype(np.float32), model.abstract_params()
+        lambda x: (0.4 * rng.standard_normal(x.shape)).astype(np.float32),
+        MODELS[name](config).abstract_params(),
     )
-    images = rng.uniform(-1, 1, (2, 12, 12, 3)).astype(np.float32)
-    tokens = rng.integers(0, config.num_embeddings, (2, length)).astype(np.int32)
-    is_parallel = np.array([False, True])
+    inputs = sample_inputs(12, getattr(config, "text_length", 0), getattr(config, "vocab_size", 0))
+    wanted = reference_activations(to_arrays(config, params), name, *inputs)
+    found = activations(Weights(name, config, params), *inputs)
+    lines = activation_lines(found, wanted, "the reference", TOLERANCE)
+    assert len(lines) == len(wanted) >= 2
+    assert lines[0].startswith(f"{next(iter(wanted))} [2x")
 
-    @jax.jit
-    def logits(params, *args):
-        images, tokens, is_parallel = args
-        hidden = model.hidden(params, tokens, model.encode(params, images), is_parallel)
-        return model.logits(params, hidden)[..., : config.vocab_size]
 
-    arrays = captioner_to_arrays(config, params)
-    arrays = {name: x.astype(np.float64) for name, x in arrays.items()}
-    rows = zip(images, tokens, is_parallel, strict=True)
-    want = [caption_logits(config, arrays, *row) for row in rows]
-    found = logits(params, images, tokens, is_parallel)
-    np.testing.assert_allclose(found, np.array(want), rtol=2e-5, atol=2e-5)
+def test_the_reference_equals_big_vision():
+    with np.load(FIXTURES / "big_vision_siglip.npz") as file:
+        case = {name.removeprefix("siglip/"): file[name] for name in file.files}
+    arrays = {k.removeprefix("params/"): x for k, x in case.items() if k.startswith("params/")}
+    inputs = (case["in/image"], case["in/labels"])
+    found = reference_activations(arrays, "two_towers", *inputs)
+    for name, wanted in (("image embedding", "zimg"), ("text embedding", "ztxt")):
+        np.testing.assert_allclose(found[name], case[f"out/{wanted}"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["cap", "cappa"])
+def test_the_reference_equals_big_vision_captioner(name):
+    with np.load(FIXTURES / "big_vision_cappa.npz") as file:
+        case = {k.removeprefix(f"{name}/"): file[k] for k in file.files if k.startswith(f"{name}/")}
+    arrays = to_arrays(*read(case)[1:3])
+    found = reference_activations(arrays, "captioner", case["in/image"], case["in/labels"])
+    want = {"image encoder": "encoded", "causal logits": "ar_logits"}
+    if name == "cappa":
+        want["parallel logits"] = "pa_logits"
+    assert found.keys() == want.keys()
+    for key, x in found.items():
+        np.testing.assert_allclose(x, case[f"out/{want[key]}"], rtol=5e-6, atol=5e-6)
