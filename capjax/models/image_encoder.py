@@ -91,8 +91,10 @@ class ImageEncoderConfig:
         for name in ("image_mean", "image_std"):
             value = tuple(map(float, getattr(self, name)))  # JSON has lists for tuples
             object.__setattr__(self, name, value)
-            if len(value) != 3 or (name == "image_std" and min(value) <= 0):
-                raise UserError(f"{name}={value}: expected one number a channel, such as 0.5")
+            if len(value) != 3:
+                raise UserError(f"{name}={value}: expected one number a channel, three of them")
+        if min(self.image_std) <= 0:
+            raise UserError(f"image_std={self.image_std}: expected one number above 0 a channel")
 
     def check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         """Raises `UserError` unless the field holds one of `choices`."""
