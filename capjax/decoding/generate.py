@@ -12,6 +12,7 @@ from capjax.dims import Array, Bool, Float, Int, Params, PRNGKeyArray
 from capjax.errors import UserError
 from capjax.mesh import act_B, act_BL, reshard
 from capjax.models.captioner import Captioner
+from capjax.models.coca import CoCa
 from capjax.models.text_decoder import DecoderCache
 
 
@@ -34,7 +35,7 @@ class _Carry(NamedTuple):
 
 
 def generate(
-    model: Captioner,
+    model: Captioner | CoCa,
     params: Params,
     inputs: Array,
     *,
@@ -75,7 +76,7 @@ def generate(
     )
 
 
-def check_options(model: Captioner, max_length: int, temperature: float) -> None:
+def check_options(model: Captioner | CoCa, max_length: int, temperature: float) -> None:
     """Raises `UserError` for a max_length beyond the model's positions or a bad temperature."""
     if not 1 <= max_length <= model.config.text_length:
         raise UserError(

@@ -9,12 +9,13 @@ from capjax.data.tokenizer import PAD_ID
 from capjax.dims import Array, Float, Int, Params
 from capjax.mesh import act_BL, reshard
 from capjax.models.captioner import Captioner
+from capjax.models.coca import CoCa
 from capjax.objectives.captioning import decoder_inputs, token_nll
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def score(
-    model: Captioner, params: Params, inputs: Array, labels_BL: Int[Array, "B L"]
+    model: Captioner | CoCa, params: Params, inputs: Array, labels_BL: Int[Array, "B L"]
 ) -> Float[Array, "B"]:
     """log p(caption | image) of each row, in float32: the sum over its tokens and its EOS.
 

@@ -14,12 +14,13 @@ from capjax.dims import Batch, Params
 from capjax.errors import UserError
 from capjax.mesh import place_batch
 from capjax.models.captioner import Captioner
+from capjax.models.coca import CoCa
 from capjax.objectives.captioning import caption_means, decoder_inputs, token_nll
 from capjax.objectives.metrics import Mean, masked_mean
 
 
 def evaluate_likelihood(
-    model: Captioner, params: Params, batches: Iterable[dict[str, np.ndarray]], mesh: Mesh
+    model: Captioner | CoCa, params: Params, batches: Iterable[dict[str, np.ndarray]], mesh: Mesh
 ) -> dict[str, float]:
     """Losses in nats over every row of `batches` whose `mask` holds.
 
@@ -74,7 +75,7 @@ def _prepare(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _batch_sums(model: Captioner, params: Params, batch: Batch) -> dict[str, Mean]:
+def _batch_sums(model: Captioner | CoCa, params: Params, batch: Batch) -> dict[str, Mean]:
     patches_BPD = model.encode(params, batch["image"])
 
     def nll(labels_BL, is_parallel_B):
