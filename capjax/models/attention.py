@@ -12,6 +12,7 @@ from capjax.dims import Array, Float
 from capjax.mesh import kernel_DN3K, kernel_DNK, kernel_NKD
 from capjax.models.layers import Projection
 from capjax.models.parameters import Law, ones, parameter
+from capjax.models.rotary import rotate
 
 KernelInit = Callable[[int, int], Law]  # of the kernel's fan in and fan out
 MASKED = float(jnp.finfo(jnp.float32).min)  # finite, so that differences of logits never give NaN
@@ -37,19 +38,32 @@ def _softmax_backward(weights_BNLS, dweights_BNLS):
 _softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
+def causal_bias(num_queries: int, num_keys: int) -> Float[Array, "1 1 L S"]:
+    """0 where key j is not after query i, `MASKED` elsewhere."""
+    visible_LS = jnp.tril(jnp.ones((num_queries, num_keys), bool))
+    return jnp.where(visible_LS, 0.0, MASKED)[None, None]
+
+
 def attend(
     query_BLNK: Float[Array, "B L N K"],
     key_BSNK: Float[Array, "B S N K"],
     value_BSNK: Float[Array, "B S N K"],
     bias_B1LS: Float[Array, "#B 1 #L S"] | None = None,
     *,
+    is_causal: bool = False,
     implementation: str = "auto",
 ) -> Float[Array, "B L N K"]:
     """Softmax attention. `bias` is 0 where a key may be seen and `MASKED` where not.
 
     It is added rather than selected by, because an addition keeps nothing for the backward pass.
+
+    Args:
+      is_causal: position i sees the keys up to i, and of those what the bias lets it.
     """
     del implementation
+    if is_causal:
+        causal_11LS = causal_bias(query_BLNK.shape[1], key_BSNK.shape[1])
+        bias_B1LS = causal_11LS if bias_B1LS is None else jnp.minimum(bias_B1LS, causal_11LS)
     query_BLNK = query_BLNK * jnp.asarray(query_BLNK.shape[-1] ** -0.5, query_BLNK.dtype)
     logits_BNLS = jnp.einsum(
         "BLNK,BSNK->BNLS", query_BLNK, key_BSNK, preferred_element_type=jnp.float32
@@ -111,7 +125,8 @@ def _normalize_heads(x_BLNK: Array, scale_K: Array, eps: float) -> Array:
 class SelfAttention(nnx.Module):
     """Multi-head self-attention.
 
-    With `qk_norm` queries and keys go through a `HeadNorm` each. `implementation`: see `attend`.
+    With `qk_norm` queries and keys go through a `HeadNorm` each, with `rotary` they are turned by
+    their positions (see `rotary`). `implementation`: see `attend`.
     """
 
     def __init__(
@@ -122,6 +137,7 @@ class SelfAttention(nnx.Module):
         *,
         use_bias: bool,
         qk_norm: bool = False,
+        rotary: bool = False,
         implementation: str = "auto",
         norm_eps: float = 1e-6,
     ):
@@ -130,18 +146,34 @@ class SelfAttention(nnx.Module):
         self.out = merge_heads(num_heads, head_width, width, init, use_bias=use_bias)
         self.query_norm = HeadNorm(head_width, norm_eps) if qk_norm else None
         self.key_norm = HeadNorm(head_width, norm_eps) if qk_norm else None
+        self.rotary = rotary
         self.implementation = implementation
 
-    def project(self, x_BLD: Float[Array, "B L D"]) -> list[Array]:
-        """Query, key and value, each (B, L, N, K)."""
+    def project(self, x_BLD: Float[Array, "B L D"], start: Array | int = 0) -> list[Array]:
+        """Query, key and value, each (B, L, N, K), of the positions from `start` on."""
         query, key, value = split_heads(self.qkv(x_BLD))
-        return [_apply(self.query_norm, query), _apply(self.key_norm, key), value]
+        query, key = _apply(self.query_norm, query), _apply(self.key_norm, key)
+        if self.rotary:
+            query, key = rotate(query, start), rotate(key, start)
+        return [query, key, value]
 
     def __call__(
-        self, x_BLD: Float[Array, "B L D"], bias_B1LS: Array | None = None
+        self,
+        x_BLD: Float[Array, "B L D"],
+        bias_B1LS: Array | None = None,
+        *,
+        is_causal: bool = False,
     ) -> Float[Array, "B L D"]:
         query, key, value = self.project(x_BLD)
-        return self.out(attend(query, key, value, bias_B1LS, implementation=self.implementation))
+        attended = attend(
+            query,
+            key,
+            value,
+            bias_B1LS,
+            is_causal=is_causal,
+            implementation=self.implementation,
+        )
+        return self.out(attended)
 
 
 class CrossAttention(nnx.Module):

@@ -1,7 +1,7 @@
 """The captioner: an image encoder and a text decoder behind pure functions of a dict of arrays.
 
-The model is CapPa (Tschannen et al. 2023), with the parameters and the numerics of big_vision's
-`models/proj/cappa/cappa.py`.
+By default the model is CapPa (Tschannen et al. 2023), with the parameters and the numerics of
+big_vision's `models/proj/cappa/cappa.py`.
 """
 
 import dataclasses
@@ -10,10 +10,17 @@ from typing import ClassVar
 import jax.numpy as jnp
 from flax import nnx
 
+from capjax.data.tokenizer import PAD_ID
 from capjax.dims import Array, Bool, Float, Int, Params, UInt8
 from capjax.errors import UserError
 from capjax.models.functional import PureModel
-from capjax.models.image_encoder import ImageEncoder, ImageEncoderConfig, normalize
+from capjax.models.image_encoder import (
+    ImageEncoder,
+    ImageEncoderConfig,
+    encoder_flops,
+    normalize,
+)
+from capjax.models.pooling import pool
 from capjax.models.text_decoder import DecoderCache, TextDecoder, pad_to_lanes
 
 
@@ -24,9 +31,14 @@ class CaptionerConfig(ImageEncoderConfig):
     Attributes:
       decoder_width: like the three fields after it, 0 stands for the encoder's and becomes it.
       decoder_bias: biases in the decoder's MLPs and LayerNorms (its attention never has any).
+      decoder_posemb: positions of the text: "learn", "sincos2d", "rotary", or "" for `posemb`.
+      decoder_qk_norm: LayerNorm of queries and keys in the decoder.
       vocab_size: tokens that can be predicted. The mask token's id is `vocab_size`.
       text_length: tokens of a caption, its end included.
       mask_token: whether the embedding has a row for the mask token (needed for parallel mode).
+      mask_padding: in causal rows padding is not attended to, as in clip-jax; big_vision does so.
+        Padding stands last, so this changes the states at padding alone, and no loss.
+      null_memory: what stands for the image where it is dropped: "zeros", or one "learned" vector.
     """
 
     vocab_size: int
@@ -35,8 +47,12 @@ class CaptionerConfig(ImageEncoderConfig):
     decoder_num_heads: int = 0
     decoder_mlp_dim: int = 0
     decoder_bias: bool = False
+    decoder_posemb: str = ""
+    decoder_qk_norm: bool = False
     text_length: int = 64
     mask_token: bool = True
+    mask_padding: bool = False
+    null_memory: str = "zeros"
 
     def __post_init__(self):
         super().__post_init__()
@@ -46,7 +62,19 @@ class CaptionerConfig(ImageEncoderConfig):
         self.check_at_least_one(
             "vocab_size", "text_length", "decoder_width", "decoder_depth", "decoder_num_heads"
         )
-        self.check_heads("decoder_")
+        self.check_choice("decoder_posemb", ("", "learn", "sincos2d", "rotary"))
+        self.check_choice("null_memory", ("zeros", "learned"))
+        self.check_heads("decoder_", self.text_posemb)
+        if self.text_posemb == "rotary" and self.decoder_width // self.decoder_num_heads % 2:
+            raise UserError(
+                f"decoder_width={self.decoder_width} over decoder_num_heads="
+                f"{self.decoder_num_heads}: rotary positions need heads of an even width"
+            )
+
+    @property
+    def text_posemb(self) -> str:
+        """The decoder's positions."""
+        return self.decoder_posemb or self.posemb
 
     @property
     def num_embeddings(self) -> int:
@@ -69,7 +97,12 @@ class CaptionerModule(nnx.Module):
             num_heads=config.decoder_num_heads,
             mlp_dim=config.decoder_mlp_dim,
             use_bias=config.decoder_bias,
-            posemb=config.posemb,
+            posemb=config.text_posemb,
+            qk_norm=config.decoder_qk_norm,
+            activation=config.activation,
+            norm_eps=config.norm_eps,
+            learned_null=config.null_memory == "learned",
+            attention=config.attention,
             scan=config.scan,
             remat=config.remat,
         )
@@ -96,24 +129,56 @@ class Captioner(PureModel):
     def encode(
         self, params: Params, images_BHWC: UInt8[Array, "B H W C"] | Float[Array, "B H W C"]
     ) -> Float[Array, "B P D"]:
-        """Patches after the encoder's final LayerNorm. Images are uint8, or floats in [-1, 1]."""
+        """The memory: the encoder's whole sequence. Images are uint8, or floats normalised."""
         return self.module(params).encoder(normalize(images_BHWC, self.config))
+
+    def pooled(self, params: Params, memory_BPD: Float[Array, "B P D"]) -> Float[Array, "B D"]:
+        """One feature an image, by `pool`. Raises `UserError` for "map", whose head it lacks."""
+        del params
+        return pool(memory_BPD, self.config)
+
+    def drop_memory(
+        self,
+        params: Params,
+        memory_BPD: Float[Array, "B P D"],
+        is_dropped_B: Bool[Array, " B"],
+    ) -> Float[Array, "B P D"]:
+        """The memory, in dropped rows replaced by what stands for no image (`null_memory`)."""
+        return self.module(params).decoder.drop_memory(memory_BPD, is_dropped_B)
 
     def hidden(
         self,
         params: Params,
         tokens_BL: Int[Array, "B L"],
-        patches_BPD: Float[Array, "B P D"],
+        memory_BPD: Float[Array, "B P D"],
         is_parallel_B: Bool[Array, " B"] | None = None,
     ) -> Float[Array, "B L E"]:
         """The decoder's states after its final LayerNorm.
 
         Args:
-          tokens_BL: decoder inputs: labels shifted right, or `mask_id` everywhere.
+          tokens_BL: decoder inputs: labels shifted right behind a 0, or `mask_id` everywhere. With
+            `mask_padding` the zeros after the first are the padding.
           is_parallel_B: examples whose positions all see each other; None: all are causal.
         """
-        self._check_length(tokens_BL.shape[1])
-        return self.module(params).decoder.hidden(tokens_BL, patches_BPD, is_parallel_B)
+        length = tokens_BL.shape[1]
+        self._check_length(length)
+        is_padding_BL = None
+        if self.config.mask_padding:
+            is_padding_BL = (tokens_BL == PAD_ID) & (jnp.arange(length) > 0)[None]
+        decoder = self.module(params).decoder
+        return decoder.hidden(tokens_BL, memory_BPD, is_parallel_B, is_padding_BL)
+
+    def parallel_hidden(
+        self, params: Params, memory_BPD: Float[Array, "B P D"], length: int
+    ) -> Float[Array, "B L E"]:
+        """`hidden` of `mask_id` at every position of rows that are all parallel, for less work.
+
+        Raises `UserError` where the model has no mask token.
+        """
+        self._check_length(length)
+        if not self.config.mask_token:
+            raise UserError("mask_token=False: parallel mode reads mask tokens; set it to True")
+        return self.module(params).decoder.parallel_hidden(memory_BPD, length)
 
     def logits(self, params: Params, hidden_BLE: Float[Array, "B L E"]) -> Float[Array, "B L V"]:
         """Float32 logits of the padded vocabulary; padded columns hold the least float32."""
@@ -124,11 +189,11 @@ class Captioner(PureModel):
         return self.module(params).decoder.head.parameters()
 
     def start_cache(
-        self, params: Params, patches_BPD: Float[Array, "B P D"], length: int
+        self, params: Params, memory_BPD: Float[Array, "B P D"], length: int
     ) -> DecoderCache:
-        """A cache for up to `length` tokens; keys and values of the patches are computed here."""
+        """A cache for up to `length` tokens; keys and values of the memory are computed here."""
         self._check_length(length)
-        return self.module(params).decoder.start_cache(patches_BPD, length)
+        return self.module(params).decoder.start_cache(memory_BPD, length)
 
     def decode_step(
         self,
@@ -150,14 +215,12 @@ class Captioner(PureModel):
         Attention is counted in full, embedding look-ups as nothing, recomputation not at all.
         """
         c = self.config
-        patches, length, width, text_width = c.num_patches, c.text_length, c.width, c.decoder_width
-        encoder = 2 * patches * 3 * c.patch_size**2 * width
-        encoder += c.depth * 2 * patches * width * (4 * width + 2 * c.mlp_dim + 2 * patches)
-        per_token = 6 * text_width + 2 * c.decoder_mlp_dim + 2 * length + 2 * patches
+        seen, length, width, text_width = c.memory_length, c.text_length, c.width, c.decoder_width
+        per_token = 6 * text_width + 2 * c.decoder_mlp_dim + 2 * length + 2 * seen
         decoder = c.decoder_depth * 2 * length * text_width * per_token
-        decoder += c.decoder_depth * 2 * patches * 2 * width * text_width
+        decoder += c.decoder_depth * 2 * seen * 2 * width * text_width
         head = 2 * length * text_width * c.vocab_size
-        return 3.0 * (encoder + decoder + head)
+        return 3.0 * (encoder_flops(c) + decoder + head)
 
     def _check_length(self, length: int) -> None:
         if length > self.config.text_length:

@@ -17,7 +17,6 @@ from jax.typing import DTypeLike
 
 from capjax.dims import Array, Float, Int
 from capjax.mesh import (
-    BATCH,
     act_BLD,
     embedding_VD,
     gathered,

@@ -37,21 +37,40 @@ def _with_remat(body: Callable, remat: str, *, in_scan: bool) -> Callable:
 
 
 def run_stack(
-    body: Callable[[Any, Any], Any], carry: Any, layers: Any, *, scan: bool, remat: str = "none"
+    body: Callable[[Any, Any], Any],
+    carry: Any,
+    layers: Any,
+    *,
+    scan: bool,
+    remat: str = "none",
+    first: Callable[[Any, Any], Any] | None = None,
 ) -> Any:
     """`carry = body(carry, layer)` over the leading axis of `layers`, any tree of arrays.
 
     Args:
+      first: what is run in place of `body` for the first layer. Under `scan` the other layers'
+        parameters are then copied out of the stack, and their gradients into it.
       scan: one traced body under `lax.scan` (compiles in constant time) or `depth` copies of it.
       remat: one of `REMAT_POLICIES`: "none" keeps what the backward pass needs, "full" only each
         layer's input, "dots" the results of matmuls with a parameter.
     """
+    if first is not None:
+        layer, layers = _take_first(layers)
+        carry = _with_remat(first, remat, in_scan=False)(carry, layer)
     body = _with_remat(body, remat, in_scan=scan)
     if scan:
         return lax.scan(lambda carry, layer: (body(carry, layer), None), carry, layers)[0]
     for layer in _unstack(layers):
         carry = body(carry, layer)
     return carry
+
+
+def _take_first(layers: Any) -> tuple[Any, Any]:
+    """The first layer, and the stack of the others."""
+    leaves, treedef = jax.tree.flatten(layers)
+    parts = [lax.split(leaf, (1, leaf.shape[0] - 1)) for leaf in leaves]
+    first = jax.tree.unflatten(treedef, [jnp.squeeze(part[0], 0) for part in parts])
+    return first, jax.tree.unflatten(treedef, [part[1] for part in parts])
 
 
 def _unstack(layers: Any) -> list[Any]:

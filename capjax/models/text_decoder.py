@@ -1,19 +1,33 @@
-"""The text decoder: causal or bidirectional self-attention, cross-attention to patches, a cache."""
+"""The text decoder: causal or bidirectional self-attention, cross-attention to a memory, a cache.
 
-from collections.abc import Sequence
+The memory is what an encoder made of an image: its patches, and what stands beside them.
+"""
+
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from capjax.dims import Array, Bool, Float, Int
-from capjax.mesh import act_XBLNK, bias_V, embedding_LD, kernel_DV, out_sharding
-from capjax.models.attention import MASKED, CrossAttention, SelfAttention, attend
+from capjax.mesh import (
+    act_BLD,
+    act_BLNK,
+    act_XBLNK,
+    bias_V,
+    embedding_LD,
+    kernel_DV,
+    out_sharding,
+    replicated,
+    reshard,
+)
+from capjax.models.attention import MASKED
+from capjax.models.decoder_block import DecoderBlock, attention_bias
 from capjax.models.image_encoder import sincos2d
-from capjax.models.layers import Embedding, LayerNorm, Mlp
-from capjax.models.parameters import lecun_normal, normal, parameter, use, zeros
+from capjax.models.layers import Embedding, LayerNorm
+from capjax.models.parameters import normal, parameter, use, zeros
 from capjax.models.stack import run_stack, stack
 
 
@@ -24,67 +38,6 @@ class DecoderCache(NamedTuple):
     self_value_XBLNK: Array
     cross_key_XBPNK: Array
     cross_value_XBPNK: Array
-
-
-def attention_bias(
-    length: int, is_parallel_B: Bool[Array, " B"] | None
-) -> Float[Array, "#B 1 L L"]:
-    """0 where position i may see position j, `MASKED` elsewhere: causal, or all when parallel."""
-    visible_1LL = jnp.tril(jnp.ones((length, length), bool))[None]
-    if is_parallel_B is not None:
-        visible_1LL = visible_1LL | is_parallel_B[:, None, None]
-    return jnp.where(visible_1LL, 0.0, MASKED)[:, None]
-
-
-class DecoderBlock(nnx.Module):
-    """Pre-norm self-attention, cross-attention and MLP."""
-
-    def __init__(
-        self, width: int, memory_width: int, num_heads: int, mlp_dim: int, *, use_bias: bool
-    ):
-        self.self_norm = LayerNorm(width, use_bias=use_bias)
-        self.self_attention = SelfAttention(width, num_heads, lecun_normal, use_bias=False)
-        self.cross_norm = LayerNorm(width, use_bias=use_bias)
-        self.cross_attention = CrossAttention(width, memory_width, num_heads, lecun_normal)
-        self.mlp_norm = LayerNorm(width, use_bias=use_bias)
-        self.mlp = Mlp(width, mlp_dim, use_bias=use_bias)
-
-    def __call__(
-        self,
-        x_BLE: Float[Array, "B L E"],
-        patches_BPD: Float[Array, "B P D"],
-        bias_B1LL: Float[Array, "#B 1 L L"],
-    ) -> Float[Array, "B L E"]:
-        x_BLE = x_BLE + self.self_attention(self.self_norm(x_BLE), bias_B1LL)
-        return self._attend_and_mix(x_BLE, self.cross_attention.project_memory(patches_BPD))
-
-    def decode_step(
-        self,
-        x_B1E: Float[Array, "B 1 E"],
-        index: Int[Array, ""],
-        layer: Int[Array, ""],
-        keys_XBLNK: Array,
-        values_XBLNK: Array,
-        memory: Sequence[Array],
-    ) -> tuple[Array, Array, Array]:
-        """One position; its key and value are written into the cache in place."""
-        query, key, value = self.self_attention.project(self.self_norm(x_B1E))
-        start = (layer, 0, index, 0, 0)
-        keys_XBLNK = lax.dynamic_update_slice(keys_XBLNK, key[None], start)
-        values_XBLNK = lax.dynamic_update_slice(values_XBLNK, value[None], start)
-        seen_L = jnp.arange(keys_XBLNK.shape[2]) <= index
-        attended = attend(
-            query,
-            lax.dynamic_index_in_dim(keys_XBLNK, layer, keepdims=False),
-            lax.dynamic_index_in_dim(values_XBLNK, layer, keepdims=False),
-            jnp.where(seen_L, 0.0, MASKED)[None, None, None, :],
-        )
-        x_B1E = x_B1E + self.self_attention.out(attended)
-        return self._attend_and_mix(x_B1E, memory), keys_XBLNK, values_XBLNK
-
-    def _attend_and_mix(self, x_BLE, memory):
-        x_BLE = x_BLE + self.cross_attention(self.cross_norm(x_BLE), memory)
-        return x_BLE + self.mlp(self.mlp_norm(x_BLE))
 
 
 class OutputHead(nnx.Module):
@@ -114,7 +67,12 @@ class OutputHead(nnx.Module):
 
 
 class TextDecoder(nnx.Module):
-    """Decoder inputs (B, L) and patches (B, P, D) to hidden states (B, L, E) and logits."""
+    """Decoder inputs (B, L) and a memory (B, P, D) to hidden states (B, L, E) and logits.
+
+    Positions are learned or fixed vectors, added to the inputs, or rotary ones. Those show in the
+    weights of attention alone, so equal inputs that all see each other would remain equal: where
+    they are rotary, a mask token (and no other) still has a learned vector for its position.
+    """
 
     def __init__(
         self,
@@ -129,19 +87,42 @@ class TextDecoder(nnx.Module):
         mlp_dim: int,
         posemb: str,
         use_bias: bool,
+        qk_norm: bool,
+        activation: str,
+        norm_eps: float,
+        learned_null: bool,
+        attention: str,
         scan: bool,
         remat: str,
     ):
         self.token_embedding = Embedding(num_embeddings, pad_to_lanes(num_embeddings), width)
+        has_mask = num_embeddings > num_tokens
+        is_learned = posemb == "learn" or (posemb == "rotary" and has_mask)
         self.position_embedding = (
             parameter(normal(width**-0.5), (text_length, width), embedding_LD)
-            if posemb == "learn"
+            if is_learned
             else None
         )
-        block = DecoderBlock(width, memory_width, num_heads, mlp_dim, use_bias=use_bias)
+        # Zeros, so that at first it is the memory of zeros; its gradient, through the values, is
+        # not zero.
+        self.null_memory = parameter(zeros, (memory_width,)) if learned_null else None
+        block = DecoderBlock(
+            width,
+            memory_width,
+            num_heads,
+            mlp_dim,
+            use_bias=use_bias,
+            qk_norm=qk_norm,
+            rotary=posemb == "rotary",
+            activation=activation,
+            norm_eps=norm_eps,
+            implementation=attention,
+        )
         self.blocks = stack(block, depth)
-        self.norm = LayerNorm(width)
+        self.norm = LayerNorm(width, eps=norm_eps)
         self.head = OutputHead(width, num_tokens)
+        self.mask_id = num_tokens
+        self.posemb = posemb
         self.text_length = text_length
         self.scan = scan
         self.remat = remat
@@ -153,30 +134,78 @@ class TextDecoder(nnx.Module):
         width = self.head.kernel.shape[0]
         return jnp.asarray(sincos2d(1, self.text_length, width), dtype)
 
+    def embed(self, tokens_BL: Int[Array, "B L"], dtype: DTypeLike) -> Float[Array, "B L E"]:
+        """The first layer's input."""
+        x_BLE = self.token_embedding(tokens_BL, dtype)
+        if self.posemb == "rotary" and self.position_embedding is None:
+            return x_BLE
+        positions_1LE = self.positions(dtype)[None, : tokens_BL.shape[1]]
+        if self.posemb == "rotary":
+            is_mask_BL1 = (tokens_BL == self.mask_id)[:, :, None]
+            return x_BLE + jnp.where(is_mask_BL1, positions_1LE, 0)
+        return x_BLE + positions_1LE
+
     def hidden(
         self,
         tokens_BL: Int[Array, "B L"],
-        patches_BPD: Float[Array, "B P D"],
+        memory_BPD: Float[Array, "B P D"],
         is_parallel_B: Bool[Array, " B"] | None,
+        is_padding_BL: Bool[Array, "B L"] | None = None,
     ) -> Float[Array, "B L E"]:
-        """Hidden states after the final LayerNorm."""
+        """Hidden states after the final LayerNorm; for the masks see `attention_bias`."""
+        is_causal = is_parallel_B is None and is_padding_BL is None
         length = tokens_BL.shape[1]
-        bias_B1LL = attention_bias(length, is_parallel_B)
-        x_BLE = self.token_embedding(tokens_BL, patches_BPD.dtype)
-        x_BLE += self.positions(patches_BPD.dtype)[None, :length]
+        bias_B1LL = None if is_causal else attention_bias(length, is_parallel_B, is_padding_BL)
         x_BLE = run_stack(
-            lambda x_BLE, block: block(x_BLE, patches_BPD, bias_B1LL),
-            x_BLE,
+            lambda x_BLE, block: block(x_BLE, memory_BPD, bias_B1LL, is_causal=is_causal),
+            self.embed(tokens_BL, memory_BPD.dtype),
             self.blocks,
             scan=self.scan,
             remat=self.remat,
         )
         return self.norm(x_BLE)
 
-    def start_cache(self, patches_BPD: Float[Array, "B P D"], length: int) -> DecoderCache:
-        """Keys and values of the patches for every layer, and room for `length` tokens."""
+    def parallel_hidden(
+        self, memory_BPD: Float[Array, "B P D"], length: int
+    ) -> Float[Array, "B L E"]:
+        """`hidden` of mask tokens in parallel rows.
+
+        Up to its queries of the memory the first layer is the same in every row, so that much is
+        computed for one row, which is on every device.
+        """
+        batch, dtype = memory_BPD.shape[0], memory_BPD.dtype
+        table_VE = reshard(self.token_embedding.embedding[...].astype(dtype), replicated)
+        x_1LE = table_VE[self.mask_id][None, None] + self.positions(dtype)[None, :length]
+
+        def first(_, block):
+            x_1LE_, query_1LNK = block.before_memory(x_1LE)
+            x_BLE = _repeat(x_1LE_, batch, act_BLD)
+            query_BLNK = _repeat(query_1LNK, batch, act_BLNK)
+            memory = block.cross_attention.project_memory(memory_BPD)
+            return block.from_memory(x_BLE, query_BLNK, memory)
+
+        x_BLE = run_stack(
+            lambda x_BLE, block: block(x_BLE, memory_BPD),
+            None,
+            self.blocks,
+            scan=self.scan,
+            remat=self.remat,
+            first=first,
+        )
+        return self.norm(x_BLE)
+
+    def drop_memory(
+        self, memory_BPD: Float[Array, "B P D"], is_dropped_B: Bool[Array, " B"]
+    ) -> Float[Array, "B P D"]:
+        """The memory, in dropped rows replaced by the learned vector, or by zeros."""
+        null_D = jnp.float32(0) if self.null_memory is None else self.null_memory[...]
+        null_11D = jnp.broadcast_to(null_D.astype(memory_BPD.dtype), (1, 1, memory_BPD.shape[-1]))
+        return jnp.where(is_dropped_B[:, None, None], null_11D, memory_BPD)
+
+    def start_cache(self, memory_BPD: Float[Array, "B P D"], length: int) -> DecoderCache:
+        """Keys and values of the memory for every layer, and room for `length` tokens."""
         _, (keys_XBPNK, values_XBPNK) = lax.scan(
-            lambda _, block: (None, block.cross_attention.project_memory(patches_BPD)),
+            lambda _, block: (None, block.cross_attention.project_memory(memory_BPD)),
             None,
             self.blocks,
         )
@@ -194,7 +223,8 @@ class TextDecoder(nnx.Module):
         """Logits of position `index`, whose decoder input is `tokens`, and the longer cache."""
         dtype = cache.self_key_XBLNK.dtype
         x_B1E = self.token_embedding(tokens_B[:, None], dtype)
-        x_B1E += lax.dynamic_slice_in_dim(self.positions(dtype), index, 1)[None]
+        if self.posemb != "rotary":
+            x_B1E += lax.dynamic_slice_in_dim(self.positions(dtype), index, 1)[None]
 
         def body(carry, layer):
             x_B1E, keys_XBLNK, values_XBLNK = carry
@@ -211,6 +241,12 @@ class TextDecoder(nnx.Module):
         )
         logits_BV = self.head(self.norm(x_B1E))[:, 0]
         return logits_BV, cache._replace(self_key_XBLNK=keys_XBLNK, self_value_XBLNK=values_XBLNK)
+
+
+def _repeat(x: Array, batch: int, spec: P) -> Array:
+    """The one row `x` as `batch` rows."""
+    shape = (batch, *x.shape[1:])
+    return jnp.broadcast_to(x, shape, out_sharding=out_sharding(spec))
 
 
 def pad_to_lanes(size: int) -> int:
