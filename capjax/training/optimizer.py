@@ -10,7 +10,12 @@ import optax
 
 from capjax.dims import Params
 from capjax.errors import UserError
-from capjax.training.adafactor import clip_by_rms, scale_by_factored_rms, scale_by_parameter_rms
+from capjax.training.adafactor import (
+    average_in_bfloat16,
+    clip_by_rms,
+    scale_by_factored_rms,
+    scale_by_parameter_rms,
+)
 from capjax.training.layout import Layout, each, layouts
 from capjax.training.muon import scale_by_muon
 from capjax.training.patterns import by_name, frozen_names
@@ -186,10 +191,9 @@ def _transformation(
 def _direction(config: OptimizerConfig, layouts: dict[str, Layout]) -> optax.GradientTransformation:
     """What the optimizer makes of a gradient, before the learning rate."""
     if config.name == "big_vision_adafactor":
-        # A bfloat16 moment is also multiplied in bfloat16, where 0.9 is 0.8984375: so it is there.
         return optax.chain(
             scale_by_factored_rms(layouts, min_size=32, max_decay=config.b2),
-            optax.ema(config.b1, debias=False, accumulator_dtype=jnp.bfloat16),
+            average_in_bfloat16(config.b1),
         )
     if config.name == "adafactor":
         return optax.chain(
