@@ -227,7 +227,8 @@ def _to_form_of_ours(arrays: FlatArrays, kind: str) -> None:
         )
         kernel = arrays.get(f"{embeddings}.patch_embedding.weight")
         if kernel is not None:
-            arrays[f"{embeddings}.patch_embedding.bias"] = np.zeros(len(kernel), np.float32)
+            zeros = np.zeros(len(kernel), np.float32)
+            arrays.setdefault(f"{embeddings}.patch_embedding.bias", zeros)
     else:
         for leaf in ("weight", "bias"):
             packed = arrays.get(f"{_PACKED}_{leaf}")

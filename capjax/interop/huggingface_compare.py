@@ -1,5 +1,6 @@
 """What transformers computes of a Hugging Face directory, beside what capjax does."""
 
+import importlib
 import importlib.util
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +13,7 @@ from capjax.interop.mapping import Weights
 from capjax.interop.tensor_files import read_json
 from capjax.models.two_towers import TwoTowersConfig
 
-_AGAINST = "transformers"
+_PACKAGES = ("torch", "transformers")
 
 
 def compare(path: str | Path, weights: Weights) -> list[str]:
@@ -21,13 +22,13 @@ def compare(path: str | Path, weights: Weights) -> list[str]:
     Raises `UserError` where one differs by more than `compare.TOLERANCE`. Where torch and
     transformers are not installed, the one line says so.
     """
-    missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
+    missing = [name for name in _PACKAGES if not importlib.util.find_spec(name)]
     if missing:
         names = " and ".join(missing)
-        return [f"not compared with {_AGAINST}: {names} missing (pip install 'capjax[parity]')"]
+        return [f"not compared with transformers: {names} missing (pip install 'capjax[parity]')"]
     images, tokens = parity_inputs(weights)
     wanted = library_activations(Path(path), images, tokens)
-    return activation_lines(activations(weights, images, tokens), wanted, _AGAINST)
+    return activation_lines(activations(weights, images, tokens), wanted, "transformers")
 
 
 def parity_inputs(weights: Weights) -> tuple[np.ndarray, np.ndarray]:
@@ -47,9 +48,7 @@ def library_activations(
     directory: Path, images_BHWC: np.ndarray, tokens_BL: np.ndarray
 ) -> dict[str, np.ndarray]:
     """The activations of the library's model, under the names and in the order that ours have."""
-    import torch
-    import transformers
-
+    torch, transformers = (importlib.import_module(name) for name in _PACKAGES)
     kind = read_json(directory / "config.json")["model_type"]
     model = _load(transformers, directory, kind)
     pixels = torch.tensor(images_BHWC.transpose(0, 3, 1, 2))
