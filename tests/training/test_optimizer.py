@@ -26,6 +26,11 @@ PLAIN = OptimizerConfig(
         ("learning_rate", 0.0),
         ("learning_rate", math.nan),
         ("weight_decay", -0.1),
+        ("name", "adam"),
+        ("momentum", 1.0),
+        ("ema_decay", 1.0),
+        ("layer_decay", 0.0),
+        ("second_moment_dtype", "bfloat16"),
         ("warmup_steps", -1),
     ],
 )
@@ -82,3 +87,34 @@ def test_the_first_moment_may_be_bfloat16():
     state = tx.init({"kernel": jnp.zeros(3)})
     assert optax.tree.get(state, "mu")["kernel"].dtype == jnp.bfloat16
     assert optax.tree.get(state, "nu")["kernel"].dtype == jnp.float32
+
+
+def test_a_second_moment_in_bfloat16_rises_and_falls():
+    config = dataclasses.replace(PLAIN, second_moment_dtype="bfloat16", b2=0.99)
+    tx, _ = make_optimizer(config, 10)
+    params = {"kernel": jnp.zeros(1)}
+    state, expected = tx.init(params), 0.0
+    update = jax.jit(tx.update)
+    for gradient in [1.0] * 60 + [0.0] * 60:
+        _, state = update({"kernel": jnp.array([gradient])}, state, params)
+        moment = optax.tree.get(state, "nu")["kernel"]
+        expected = 0.99 * expected + 0.01 * gradient**2
+        assert moment.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.asarray(moment, np.float32), expected, rtol=0.15)
+
+
+def test_fields_of_other_optimizers_are_refused():
+    with pytest.raises(UserError) as error:
+        OptimizerConfig(name="big_vision_adafactor", eps=1e-6)
+    assert str(error.value) == (
+        "optimizer.eps=1e-06 is not used by optimizer.name='big_vision_adafactor', only by adamw, "
+        "muon; leave it at 1e-08"
+    )
+    with pytest.raises(UserError, match=r"optimizer.momentum=0.9 is not used"):
+        OptimizerConfig(momentum=0.9)
+    OptimizerConfig(name="muon", momentum=0.9, eps=1e-6)
+
+
+def test_multipliers_that_stop_are_refused():
+    with pytest.raises(UserError, match=r"optimizer.freeze holds parameters fast"):
+        OptimizerConfig(multipliers=(("encoder", 0.0),))

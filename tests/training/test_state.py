@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from capjax.mesh import MeshShape, make_mesh, out_sharding
 from capjax.training.optimizer import OptimizerConfig, make_optimizer
-from capjax.training.state import TrainState, init_state
+from capjax.training.state import TrainState, init_state, update_ema, with_params
 
 SPECS = {"kernel": P("fsdp", "tensor"), "scale": P(), "blocks": {"kernel": P(None, "tensor")}}
 SHAPES = {"kernel": (8, 4), "scale": (8,), "blocks": {"kernel": (3, 4)}}
@@ -57,3 +57,35 @@ def test_the_seed_alone_decides():
     assert (jax.random.key_data(alone.key) == jax.random.key_data(same.key)).all()
     assert not (jax.random.key_data(other.key) == jax.random.key_data(same.key)).all()
     assert not np.array_equal(other.params["kernel"], same.params["kernel"])
+
+
+def test_the_average_in_closed_form():
+    average, expected = {"x": jnp.array([1.0, -2.0])}, np.array([1.0, -2.0])
+    update = jax.jit(update_ema, static_argnums=2)
+    for step, value in enumerate([3.0, 0.5, -1.0, 7.0]):
+        params = {"x": jnp.full(2, value)}
+        average = update(average, params, 0.3, step)
+        decay = min(0.3, (1 + step) / (10 + step))  # 1/10, 2/11, 3/12, then 0.3
+        expected = decay * expected + (1 - decay) * value
+        np.testing.assert_allclose(average["x"], expected, rtol=1e-6)
+
+
+def test_the_average_of_what_does_not_move_does_not_move():
+    values = {"x": jax.random.normal(jax.random.key(0), (1000,))}
+    average = update_ema(values, values, 0.999, 100)
+    np.testing.assert_array_equal(average["x"], values["x"])
+
+
+def test_a_state_with_an_average_is_its_own_memory():
+    """A step donates all of it, so that nothing may be there twice."""
+    with jax.set_mesh(make_mesh(MeshShape(fsdp=4, tensor=2))):
+        state = jax.jit(lambda: init_state(init_params, TX, 0, ema=True))()
+        other = with_params(jax.tree.map(jnp.copy, state), jax.jit(init_params)(jax.random.key(5)))
+        pass_on = jax.jit(lambda state: jax.tree.map(lambda x: x, state), donate_argnums=0)
+        for moved in (pass_on(state), pass_on(other)):
+            jax.tree.map(np.testing.assert_array_equal, moved.ema, moved.params)
+            for average, param in zip(
+                *map(jax.tree.leaves, (moved.ema, moved.params)), strict=True
+            ):
+                assert average.sharding == param.sharding
+    assert init().ema is None
