@@ -5,7 +5,7 @@ from flax import nnx
 
 from capjax.dims import Array, Float
 from capjax.errors import UserError
-from capjax.mesh import act_BLD, embedding_LD, out_sharding
+from capjax.mesh import act_BLNK, embedding_LD, out_sharding
 from capjax.models.attention import CrossAttention
 from capjax.models.image_encoder import ImageEncoderConfig
 from capjax.models.layers import LayerNorm, Mlp
@@ -54,12 +54,15 @@ class MapHead(nnx.Module):
         self.mlp = Mlp(width, config.mlp_dim, use_bias=True, activation=config.activation)
 
     def __call__(self, memory_BPD: Float[Array, "B P D"]) -> Float[Array, "B D"]:
-        batch, _, width = memory_BPD.shape
-        probe_11D = use(self.probe, memory_BPD.dtype)[None]
-        probe_B1D = jnp.broadcast_to(
-            probe_11D, (batch, 1, width), out_sharding=out_sharding(act_BLD)
+        # The same query for every image: projected once.
+        query_11NK = self.attention.project_query(use(self.probe, memory_BPD.dtype)[None])
+        query_B1NK = jnp.broadcast_to(
+            query_11NK,
+            (len(memory_BPD), *query_11NK.shape[1:]),
+            out_sharding=out_sharding(act_BLNK),
         )
-        x_B1D = self.attention(probe_B1D, self.attention.project_memory(memory_BPD))
+        memory = self.attention.project_memory(memory_BPD)
+        x_B1D = self.attention.attend(query_B1NK, memory)
         return (x_B1D + self.mlp(self.norm(x_B1D)))[:, 0]
 
 
@@ -67,4 +70,4 @@ def map_flops(config: ImageEncoderConfig) -> float:
     """Matmul FLOPs (2mnk) of a `MapHead` for one image, forward."""
     length, width = config.memory_length, config.width
     memory = 2 * length * width * 2 * width + 4 * length * width
-    return float(memory + 2 * 2 * width**2 + 4 * width * config.mlp_dim)
+    return float(memory + 2 * width**2 + 4 * width * config.mlp_dim)
