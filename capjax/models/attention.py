@@ -10,6 +10,7 @@ from jax import lax
 
 from capjax.dims import Array, Float
 from capjax.mesh import kernel_DN3K, kernel_DNK, kernel_NKD
+from capjax.models.fused_attention import choose, fused_attend
 from capjax.models.layers import Projection
 from capjax.models.parameters import Law, ones, parameter
 from capjax.models.rotary import rotate
@@ -59,8 +60,19 @@ def attend(
 
     Args:
       is_causal: position i sees the keys up to i, and of those what the bias lets it.
+      implementation: "xla" is this form in plain JAX; "cudnn", "pallas" and "auto" are explained in
+        `fused_attention`. `UserError` where it cannot run.
     """
-    del implementation
+    kernel = choose(implementation, query_BLNK, key_BSNK, has_bias=bias_B1LS is not None)
+    if kernel != "xla":
+        return fused_attend(
+            query_BLNK,
+            key_BSNK,
+            value_BSNK,
+            bias_B1LS,
+            is_causal=is_causal,
+            implementation=kernel,
+        )
     if is_causal:
         causal_11LS = causal_bias(query_BLNK.shape[1], key_BSNK.shape[1])
         bias_B1LS = causal_11LS if bias_B1LS is None else jnp.minimum(bias_B1LS, causal_11LS)
