@@ -221,16 +221,25 @@ class ImagePreprocessing:
     same factor and cut to whole pixels, then its centre is taken, the lesser half of an odd rest
     being left of it or above. These are the pixels of transformers' processors on Pillow.
     (torchvision's `CenterCrop` rounds half a pixel to even: one pixel beside it for some sizes.)
+
+    `resize_to`: the square's side before the rows below and the columns right of `image_size` are
+    dropped; 0: `image_size`. Patches of 14 pixels do not fill 384: SigLIP's models of that size
+    read 378 of them, which is their `image_size`.
     """
 
     image_size: int
     antialias: bool = True
     mode: Literal["stretch", "pad", "crop"] = "stretch"
     resample: Resample = "bilinear"
+    resize_to: int = 0
 
     def __post_init__(self) -> None:
         if self.image_size < 1:
             raise UserError(f"image_size={self.image_size}: expected at least 1")
+        if self.resize_to and self.resize_to < self.image_size:
+            raise UserError(
+                f"resize_to={self.resize_to}: expected 0, or image_size={self.image_size} or more"
+            )
         if self.mode not in ("stretch", "pad", "crop"):
             raise UserError(f"mode={self.mode!r}: expected 'stretch', 'pad' or 'crop'")
         if self.resample not in _FILTERS:
@@ -240,7 +249,10 @@ class ImagePreprocessing:
 
     def preprocess(self, image: np.ndarray) -> np.ndarray:
         """uint8 [H, W, 3] -> uint8 [image_size, image_size, 3]."""
-        size = self.image_size
+        square = self._squared(image, self.resize_to or self.image_size)
+        return square[: self.image_size, : self.image_size]
+
+    def _squared(self, image: np.ndarray, size: int) -> np.ndarray:
         height, width = image.shape[:2]
         if self.mode == "stretch" or height == width:
             return self._resize(image, (size, size))

@@ -96,7 +96,8 @@ def read(path: str | Path, **fields: Any) -> Weights:
     Args:
       path: with `config.json` and `model.safetensors` (or the parts that its index names).
       **fields: of the configuration, before what the files tell: dtype, remat, scan, attention.
-        A Siglip2Model needs `image_size`: that of its own square grid.
+        A Siglip2Model needs `image_size`: that it be given is the consent to a square of that size
+        or another; the model comes with the size of its own grid, whatever is given.
 
     Raises `UserError` with the whole difference where names or shapes are not what `config.json`
     says.
@@ -107,7 +108,11 @@ def read(path: str | Path, **fields: Any) -> Weights:
         raise UserError(f"{directory}: expected a directory with config.json and model.safetensors")
     kind, told = read_config(directory, fields.get("image_size"))
     preprocessing, statistics, notes = read_preprocessing(directory, kind, told["image_size"])
-    fields = told | statistics | fields
+    rest = told["image_size"] % told["patch_size"]
+    if rest:  # their convolution does not read it
+        preprocessing["resize_to"] = told["image_size"]
+        told["image_size"] = preprocessing["image_size"] = told["image_size"] - rest
+    fields = told | statistics | {k: x for k, x in fields.items() if k != "image_size"}
     if kind == "vit":
         model = ImageTower(ImageEncoderConfig(**fields))
     else:
@@ -131,11 +136,12 @@ def write(path: str | Path, weights: Weights) -> None:
     kind = _kind_of(weights)
     arrays = dict(export(_table(kind, weights.config, shapes_of(weights.params)), weights.params))
     _to_form_of_theirs(arrays, kind)
+    size = weights.preprocessing.get("resize_to") or weights.config.image_size
     files = {
-        "config.json": write_config(kind, weights.config),
         "preprocessor_config.json": write_preprocessing(
             kind, weights.config, weights.preprocessing
         ),
+        "config.json": write_config(kind, weights.config, size),
     }
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)

@@ -51,7 +51,10 @@ def library_activations(
     torch, transformers = (importlib.import_module(name) for name in _PACKAGES)
     kind = read_json(directory / "config.json")["model_type"]
     model = _load(transformers, directory, kind)
+    size = getattr(getattr(model.config, "vision_config", model.config), "image_size", 0)
     pixels = torch.tensor(images_BHWC.transpose(0, 3, 1, 2))
+    rest = max(size - pixels.shape[-1], 0)  # what their convolution does not read
+    pixels = torch.nn.functional.pad(pixels, (0, rest, 0, rest), value=9.0)
     with torch.inference_mode():
         if kind == "vit":
             states = model(pixels).last_hidden_state

@@ -71,7 +71,8 @@ ARCHITECTURES: dict[str, Fields] = {
 def read_config(directory: Path, image_size: int | None = None) -> tuple[str, Fields]:
     """The model type and the fields of our configuration that `config.json` tells.
 
-    `image_size` is as in `huggingface.read`. Raises `UserError` for a model that we do not have.
+    `image_size` is as in `huggingface.read`; the one that comes out is theirs, of which patches may
+    leave a rest. Raises `UserError` for a model that we do not have.
     """
     found = read_json(directory / "config.json")
     kind = found.get("model_type")
@@ -105,7 +106,7 @@ def read_config(directory: Path, image_size: int | None = None) -> tuple[str, Fi
     return kind, fields | ARCHITECTURES["siglip"]
 
 
-def write_config(kind: str, config: ImageEncoderConfig) -> dict[str, Any]:
+def write_config(kind: str, config: ImageEncoderConfig, image_size: int) -> dict[str, Any]:
     """`config.json` of a model of ours: the inverse of `read_config`, but for "siglip2"."""
     activations = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
     shared: Fields = {
@@ -118,7 +119,7 @@ def write_config(kind: str, config: ImageEncoderConfig) -> dict[str, Any]:
         "intermediate_size": config.mlp_dim,
         "num_hidden_layers": config.depth,
         "num_attention_heads": config.num_heads,
-        "image_size": config.image_size,
+        "image_size": image_size,
         "patch_size": config.patch_size,
         "num_channels": 3,
     }
@@ -185,11 +186,12 @@ def _square(image: Mapping[str, Any], name: str) -> int:
 def _fixed_size(image: Mapping[str, Any], image_size: int | None) -> int:
     """Pixels of the square that a Siglip2Model's own grid of positions covers."""
     side = math.isqrt(image["num_patches"])
+    if side**2 != image["num_patches"]:
+        raise UserError(f"config.json: num_patches={image['num_patches']}: expected a square")
     size = side * image["patch_size"]
-    if side**2 != image["num_patches"] or image_size != size:
+    if image_size is None:
         raise UserError(
             "Siglip2Model takes images of any shape (NaFlex), which is not supported; give "
-            f"image_size={size} to use it on its own square grid alone, or take a checkpoint of a "
-            "fixed resolution"
+            f"image_size={size} to use it on its square grid, or take a checkpoint of a fixed size"
         )
     return size

@@ -87,12 +87,16 @@ def write_preprocessing(
     }
     given |= {"resample": _RESAMPLE[_DEFAULTS[kind]["resample"]]} | dict(preprocessing)
     wanted = ImagePreprocessing(**given)
-    if not wanted.antialias or wanted.mode == "pad" or wanted.image_size != config.image_size:
+    size, patch = wanted.resize_to or wanted.image_size, config.patch_size
+    has_grid = (
+        wanted.image_size == config.image_size and size // patch == config.image_size // patch
+    )
+    if not wanted.antialias or wanted.mode == "pad" or not has_grid:
         raise UserError(
             f"{_CLASSES[kind]} has no such preprocessing: {wanted}; expected antialias=True, mode "
-            f"'stretch' or 'crop' and image_size={config.image_size}"
+            f"'stretch' or 'crop', image_size={config.image_size} and less than a patch more"
         )
-    size, square = config.image_size, {"height": config.image_size, "width": config.image_size}
+    square = {"height": size, "width": size}
     crop = wanted.mode == "crop"
     return {
         **_ALWAYS,

@@ -340,6 +340,13 @@ def test_crop_is_the_centre_of_the_whole_image_resized(antialias):
     )
 
 
+@pytest.mark.parametrize("mode", ["stretch", "crop", "pad"])
+def test_what_patches_do_not_fill_is_dropped(mode):
+    whole = ImagePreprocessing(31, mode=mode).preprocess(gradient(40, 90))
+    part = ImagePreprocessing(28, mode=mode, resize_to=31).preprocess(gradient(40, 90))
+    np.testing.assert_array_equal(part, whole[:28, :28])
+
+
 def test_preprocessing_travels_as_json():
     preprocessing = ImagePreprocessing(48, mode="pad", resample="bicubic")
     text = json.dumps(dataclasses.asdict(preprocessing))
@@ -354,5 +361,7 @@ def test_impossible_preprocessing_is_refused():
         ImagePreprocessing(0)
     with pytest.raises(Exception, match="mode"):  # the annotation check of the tests comes first
         ImagePreprocessing(8, mode="fit")
+    with pytest.raises(UserError, match="resize_to=7: expected 0, or image_size=8 or more"):
+        ImagePreprocessing(8, resize_to=7)
     with pytest.raises(UserError, match="resample='bicubic': expected 'bilinear' without"):
         ImagePreprocessing(8, antialias=False, resample="bicubic")

@@ -48,6 +48,13 @@ MODELS = {
         },
     ),
     "siglip": ("Siglip", {"vision_config": IMAGE, "text_config": TEXT | {"projection_size": 36}}),
+    "siglip with a rest": (
+        "Siglip",
+        {
+            "vision_config": IMAGE | {"image_size": 23},
+            "text_config": TEXT | {"projection_size": 36},
+        },
+    ),
     "siglip2": (
         "Siglip2",
         {
@@ -95,6 +102,18 @@ def test_every_activation_is_the_librarys_and_every_parameter_counts(directory, 
         other = weights._replace(params=jax.tree.unflatten(treedef, changed))
         with pytest.raises(UserError, match="differs by"):
             pytest.fail(f"{name}: {activation_lines(activations(other, *inputs), wanted, '')}")
+
+
+def test_a_rest_that_no_patch_reads_is_in_the_preprocessing(safetensors, tmp_path):
+    weights = two_towers()._replace(preprocessing={"resize_to": 11})
+    huggingface.write(tmp_path, weights)
+    assert read_config(tmp_path)[1]["image_size"] == 11
+    again = huggingface.read(tmp_path)
+    assert again.config.image_size == 8
+    assert again.preprocessing["image_size"] == 8
+    assert again.preprocessing["resize_to"] == 11
+    with pytest.raises(UserError, match="and less than a patch more"):
+        huggingface.write(tmp_path, weights._replace(preprocessing={"resize_to": 12}))
 
 
 def test_the_library_loads_what_is_written(directory, libraries, tmp_path):
@@ -278,6 +297,10 @@ def test_models_that_the_library_lacks_are_not_written(tmp_path):
         (
             {"model_type": "siglip2"},
             r"any shape \(NaFlex\), which is not supported; give image_size=256",
+        ),
+        (
+            {"model_type": "siglip2", "vision_config": {"num_patches": 250}},
+            "num_patches=250: expected a square",
         ),
         (
             {"model_type": "clip", "text_config": {"hidden_act": "gelu"}},
