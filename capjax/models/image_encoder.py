@@ -179,9 +179,9 @@ class EncoderBlock(nnx.Module):
         self.mlp = Mlp(width, mlp_dim, use_bias=True, activation=config.activation)
 
     def __call__(
-        self, x_BPD: Float[Array, "B P D"], bias_B1PP: Float[Array, "#B 1 P P"] | None = None
+        self, x_BPD: Float[Array, "B P D"], *, is_causal: bool = False
     ) -> Float[Array, "B P D"]:
-        x_BPD = x_BPD + self.attention(self.attention_norm(x_BPD), bias_B1PP)
+        x_BPD = x_BPD + self.attention(self.attention_norm(x_BPD), is_causal=is_causal)
         return x_BPD + self.mlp(self.mlp_norm(x_BPD))
 
 

@@ -11,7 +11,7 @@ from capjax.models.image_encoder import EncoderBlock, ImageEncoderConfig
 from capjax.models.layers import Embedding, LayerNorm, Projection
 from capjax.models.parameters import lecun_normal, normal, parameter, use
 from capjax.models.stack import run_stack, stack
-from capjax.models.text_decoder import attention_bias, pad_to_lanes
+from capjax.models.text_decoder import pad_to_lanes
 
 
 class TextEncoder(nnx.Module):
@@ -58,12 +58,10 @@ class TextEncoder(nnx.Module):
 
     def encode(self, tokens_TL: Int[Array, "T L"]) -> Float[Array, "T L D"]:
         """All positions after the final LayerNorm."""
-        length = tokens_TL.shape[1]
         x_TLD = self.token_embedding(tokens_TL, self.dtype)
-        x_TLD += use(self.position_embedding, self.dtype)[None, :length]
-        bias_11LL = attention_bias(length, None) if self.causal else None
+        x_TLD += use(self.position_embedding, self.dtype)[None, : tokens_TL.shape[1]]
         x_TLD = run_stack(
-            lambda x_TLD, block: block(x_TLD, bias_11LL),
+            lambda x_TLD, block: block(x_TLD, is_causal=self.causal),
             x_TLD,
             self.blocks,
             scan=self.scan,
