@@ -72,6 +72,19 @@ COMMANDS = {
         True,
         ("capjax checkpoint list runs/quickstart", "capjax checkpoint verify runs/quickstart"),
     ),
+    "convert": Command(
+        "Convert weights of big_vision, Hugging Face or open_clip, and back.",
+        True,
+        (
+            "capjax convert --input=siglip_b16.npz --output=weights/siglip_b16",
+            "capjax convert --input=siglip_b16.npz:img --output=weights/vit_b16 --image_size=384",
+            "capjax convert --input=cappa.npz --output=weights/cappa --tokenizer=c4_en.model",
+            "capjax convert --input=clip-vit-base-patch32 --output=weights/clip_b32",
+            "capjax convert --input=runs/siglip --output=siglip.npz --layout=scan",
+            "capjax convert --input=runs/siglip --output=siglip_hf --to=huggingface",
+            "capjax convert --input=runs/quickstart --output=vit.npz --model=image_encoder",
+        ),
+    ),
 }
 PREFIX = "--config."
 

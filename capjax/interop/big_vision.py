@@ -20,7 +20,7 @@ from capjax.interop.big_vision_config import (
     image_config,
     two_towers_config,
 )
-from capjax.interop.compare import activation_lines, activations, sample_inputs
+from capjax.interop.compare import activation_lines, activations, inputs_for
 from capjax.interop.mapping import (
     FlatArrays,
     Index,
@@ -33,15 +33,15 @@ from capjax.interop.mapping import (
     export,
     fill,
     leaves,
+    model_of,
     shapes_of,
     used_rows,
 )
 from capjax.interop.npz import LAYOUTS, read_npz, split_subtree, stacked
 from capjax.interop.reference import reference_activations
-from capjax.models.captioner import Captioner, CaptionerConfig
+from capjax.models.captioner import CaptionerConfig
 from capjax.models.image_encoder import ImageEncoderConfig
-from capjax.models.image_tower import ImageTower
-from capjax.models.two_towers import TwoTowers, TwoTowersConfig
+from capjax.models.two_towers import TwoTowersConfig
 
 # (their module, ours, which of the kernels that we keep side by side it is)
 _ENCODER_BLOCK = (
@@ -111,7 +111,6 @@ _NUMERICS = {
     "image_std": (0.5, 0.5, 0.5),
     "text_causal": False,
     "text_pool": "last",
-    "mask_padding": False,
 }
 
 
@@ -151,6 +150,8 @@ def read(source: str | Path | Mapping[str, np.ndarray], **fields: Any) -> Weight
 
 def write(path: str | Path, weights: Weights, layout: str = "loop") -> None:
     """Writes the weights as big_vision would, float32, in one of `LAYOUTS`."""
+    if weights.model not in ("captioner", "two_towers", "image_encoder"):
+        raise UserError(f"big_vision has no {weights.model}: write its model=image_encoder")
     arrays = to_arrays(weights.config, weights.params, layout)
     with Path(path).open("wb") as file:
         np.savez(file, **arrays)  # pyrefly: ignore
@@ -158,12 +159,9 @@ def write(path: str | Path, weights: Weights, layout: str = "loop") -> None:
 
 def compare(path: str | Path, weights: Weights) -> list[str]:
     """What the file computes by `reference`, beside what `weights` compute here."""
-    config = weights.config
-    images, tokens = sample_inputs(
-        config.image_size, getattr(config, "text_length", 0), getattr(config, "vocab_size", 0)
-    )
-    wanted = reference_activations(read_npz(path), weights.model, images, tokens)
-    found = activations(weights, images, tokens)
+    inputs = inputs_for(weights.config)
+    wanted = reference_activations(read_npz(path), weights.model, *inputs)
+    found = activations(weights, *inputs)
     return activation_lines(found, wanted, "a NumPy reference of big_vision's equations")
 
 
@@ -175,7 +173,8 @@ def to_arrays(config: ImageEncoderConfig, params: Params, layout: str = "loop") 
     """
     if layout not in LAYOUTS:
         raise UserError(f"layout={layout!r}: choose one of {LAYOUTS}")
-    for name, theirs in _NUMERICS.items():
+    numerics = _NUMERICS | {"text_posemb": config.posemb}  # one kind of positions for both towers
+    for name, theirs in numerics.items():
         if (ours := getattr(config, name, theirs)) != theirs:
             raise UserError(f"{name}={ours!r}: big_vision's models have {theirs!r}")
     arrays = export(_table(config, shapes_of(params)), params)
@@ -183,14 +182,7 @@ def to_arrays(config: ImageEncoderConfig, params: Params, layout: str = "loop") 
 
 
 def _fill(config: ImageEncoderConfig, arrays: FlatArrays, what: str) -> Params:
-    match config:
-        case CaptionerConfig():
-            model = Captioner(config)
-        case TwoTowersConfig():
-            model = TwoTowers(config)
-        case _:
-            model = ImageTower(config)
-    shapes = shapes_of(model.abstract_params())
+    shapes = shapes_of(model_of(config).abstract_params())
     return fill(_table(config, shapes), arrays, shapes, what)
 
 
@@ -207,7 +199,9 @@ def _table(config: ImageEncoderConfig, shapes: Shapes) -> Table:
             tower, modules, used = "", (), {}
     below_tower = [(f"{tower}{theirs}", ours, part) for theirs, ours, part in _IMAGE]
     table = _entries((*below_tower, *modules), shapes)
-    arrays = [(f"{tower}{theirs}", ours, axes) for theirs, ours, axes in _IMAGE_ARRAYS]
+    # CapPa's encoder has neither class token nor head.
+    image_arrays = _IMAGE_ARRAYS[:1] if isinstance(config, CaptionerConfig) else _IMAGE_ARRAYS
+    arrays = [(f"{tower}{theirs}", ours, axes) for theirs, ours, axes in image_arrays]
     for theirs, path, axes in (*arrays, *_OTHER_ARRAYS):
         if path in shapes:
             ones = axes - len(shapes[path])

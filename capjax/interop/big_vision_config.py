@@ -17,7 +17,7 @@ Config = TypeVar("Config", bound=ImageEncoderConfig)
 
 
 def image_config(arrays: FlatArrays, fields: dict[str, Any]) -> ImageEncoderConfig:
-    return _made(ImageEncoderConfig, _image_fields(arrays, "", VIT) | fields, VIT)
+    return _made(ImageEncoderConfig, _image_fields(arrays, "", VIT), fields, VIT)
 
 
 def two_towers_config(arrays: FlatArrays, fields: dict[str, Any]) -> TwoTowersConfig:
@@ -38,7 +38,7 @@ def two_towers_config(arrays: FlatArrays, fields: dict[str, Any]) -> TwoTowersCo
             "logit_bias_init": -10.0 if "b" in arrays else None,
         }
     )
-    return _made(TwoTowersConfig, found | fields, TWO_TOWERS)
+    return _made(TwoTowersConfig, found, fields, TWO_TOWERS)
 
 
 def captioner_config(arrays: FlatArrays, fields: dict[str, Any]) -> CaptionerConfig:
@@ -55,11 +55,15 @@ def captioner_config(arrays: FlatArrays, fields: dict[str, Any]) -> CaptionerCon
         "vocab_size": head[1],
         "mask_token": embedding[0] > head[1],
     }
-    return _made(CaptionerConfig, found | fields, CAPPA)
+    return _made(CaptionerConfig, found, fields, CAPPA)
 
 
-def _made(config_class: type[Config], fields: dict[str, Any], what: str) -> Config:
-    """A configuration. Raises `UserError` for sizes that neither the file nor the user told."""
+def _made(config_class: type[Config], found: dict[str, Any], fields: dict, what: str) -> Config:
+    """A configuration: what the arrays tell of sizes, else `fields`.
+
+    Raises `UserError` for sizes that neither tells.
+    """
+    fields = fields | found
     known = [field.name for field in dataclasses.fields(config_class)]
     missing = [name for name in ("image_size", "text_length") if name in known]
     missing = [name for name in missing if name not in fields]

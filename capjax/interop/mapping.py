@@ -4,6 +4,7 @@ A table says for every array of theirs where it lies in our parameters. Both dir
 off it: `export` makes their arrays of our parameters, `fill` our parameters of their arrays.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from types import EllipsisType, MappingProxyType
@@ -15,7 +16,13 @@ import numpy as np
 
 from capjax.dims import Params
 from capjax.errors import UserError
+from capjax.models.captioner import Captioner, CaptionerConfig
+from capjax.models.coca import CoCa, CoCaConfig
+from capjax.models.functional import PureModel
 from capjax.models.image_encoder import ImageEncoderConfig
+from capjax.models.image_tower import ImageTower
+from capjax.models.resize import resize_position_embedding
+from capjax.models.two_towers import TwoTowers, TwoTowersConfig
 
 FlatArrays = dict[str, np.ndarray]
 Shapes = dict[str, tuple[int, ...]]
@@ -63,6 +70,37 @@ class Weights(NamedTuple):
     notes: tuple[str, ...] = ()
     preprocessing: Mapping[str, Any] = MappingProxyType({})
     tokenizer_model: bytes = b""
+
+
+def model_of(config: ImageEncoderConfig) -> PureModel:
+    """The model of a configuration, by its class."""
+    match config:
+        case CaptionerConfig():
+            return Captioner(config)
+        case TwoTowersConfig():
+            return TwoTowers(config)
+        case CoCaConfig():
+            return CoCa(config)
+    return ImageTower(config)
+
+
+def resized(weights: Weights, image_size: int) -> Weights:
+    """The same for images of another size, position embeddings interpolated if they are learned.
+
+    Of a size that is no multiple of the patch's, what the patches do not reach is dropped.
+    """
+    old, patch = weights.config.image_size, weights.config.patch_size
+    grid = image_size // patch
+    if not grid:
+        raise UserError(f"image_size={image_size}: expected at least a patch, {patch} pixels")
+    params, encoder = weights.params, dict(weights.params["encoder"])
+    if "position_embedding" in encoder:
+        positions = resize_position_embedding(encoder["position_embedding"], old // patch, grid)
+        params = {**params, "encoder": encoder | {"position_embedding": positions}}
+    preprocessing = {**weights.preprocessing, "image_size": grid * patch}
+    preprocessing["resize_to"] = image_size if image_size % patch else 0
+    config = dataclasses.replace(weights.config, image_size=grid * patch)
+    return weights._replace(config=config, params=params, preprocessing=preprocessing)
 
 
 def flatten(params: Params) -> dict[str, Any]:
