@@ -4,11 +4,14 @@ Warnings are errors (`filterwarnings` in pyproject.toml). This file runs before 
 imported, and so before JAX starts its backends.
 """
 
+import importlib
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -65,5 +68,26 @@ def require_package() -> Callable[..., str]:
         if os.environ.get("CI") == "true":
             pytest.fail(reason)
         return pytest.skip(reason)
+
+    return require
+
+
+@pytest.fixture
+def require_module() -> Callable[[str], ModuleType]:
+    """`require_module("torch")` is that module, which no install of capjax brings.
+
+    Where it is missing the test is skipped, and fails under CI=true, as `require_package` does.
+    """
+
+    def require(name: str) -> ModuleType:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what it warns of while it is imported
+                return importlib.import_module(name)
+        except ImportError:
+            reason = f"needs the package {name} (pip install 'capjax[parity]')"
+            if os.environ.get("CI") == "true":
+                pytest.fail(reason)
+            return pytest.skip(reason)
 
     return require

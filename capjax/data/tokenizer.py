@@ -9,6 +9,7 @@ import hashlib
 import io
 import os
 import re
+import string
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -26,12 +27,15 @@ EOS_ID = 1
 UNK_ID = 2
 NUM_FIXED = 3 + 256  # pad, end, unknown, and one piece for each byte
 _SPACE = "\u2581"  # SentencePiece's mark of a space
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _MAX_PIECE = 16  # characters
 _MAX_SEEDS = 2_000_000
 
 
 class Tokenizer:
     """Text to ids and back. Picklable, and safe to use from several threads."""
+
+    eos_id = EOS_ID
 
     def __init__(self, model_bytes: bytes) -> None:
         """`model_bytes`: a serialized SentencePiece model. Raises `UserError` if it is not ours."""
@@ -41,14 +45,21 @@ class Tokenizer:
 
     @classmethod
     def from_bytes(cls, model_bytes: bytes) -> "Tokenizer":
-        """From a serialized SentencePiece model."""
-        return cls(model_bytes)
+        """From a serialized SentencePiece model, or a `tokenizer.json` of Hugging Face's."""
+        if not model_bytes.lstrip().startswith(b"{"):
+            return cls(model_bytes)
+        from capjax.data.huggingface_tokenizer import HuggingFaceTokenizer
+
+        return HuggingFaceTokenizer(model_bytes)
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> "Tokenizer":
-        """From a `.model` file. Raises `UserError` where it is missing or no tokenizer."""
+        """From a `.model` file or a `tokenizer.json`.
+
+        Raises `UserError` where it is missing or no tokenizer.
+        """
         try:
-            return cls(Path(path).read_bytes())
+            return cls.from_bytes(Path(path).read_bytes())
         except OSError as error:
             raise UserError(
                 f"tokenizer {os.fspath(path)!r} cannot be read ({error.strerror}); "
@@ -78,11 +89,11 @@ class Tokenizer:
 
     def pieces(self, text: str) -> list[str]:
         """The pieces of a text, for people to read."""
-        return self._processor.encode(_valid(text), out_type=str)
+        return self._processor.encode(valid(text), out_type=str)
 
     def count(self, text: str) -> int:
         """The ids of a text, with its end and without truncation."""
-        return len(self._processor.encode(_valid(text))) + 1
+        return len(self._processor.encode(valid(text))) + 1
 
     def encode(self, text: str, length: int) -> np.ndarray:
         """Text -> int32 [length]: ids, EOS, pads. EOS is kept when the text is cut."""
@@ -92,7 +103,7 @@ class Tokenizer:
         """B texts -> int32 [B, length], each as `encode`."""
         tokens_BL = np.full((len(texts), length), PAD_ID, np.int32)
         for row, text in zip(tokens_BL, texts, strict=True):
-            ids = self._processor.encode(_valid(text))[: length - 1]
+            ids = self._processor.encode(valid(text))[: length - 1]
             row[: len(ids)] = ids
             row[len(ids)] = EOS_ID
         return tokens_BL
@@ -123,7 +134,17 @@ class Tokenizer:
         return f"Tokenizer(vocab_size={self.vocab_size}, fingerprint={self.fingerprint[:8]})"
 
 
-def _valid(text: str) -> str:
+def canonical(text: str) -> str:
+    """Lower case, no ASCII punctuation, one space between words and none around them.
+
+    SigLIP's texts are prepared so for zero-shot evaluation, in training their case alone
+    (big_vision's `prompt_engineering.canonicalize_text`); transformers' `SiglipTokenizer` does all
+    of it to every text.
+    """
+    return " ".join(text.lower().translate(_NO_PUNCTUATION).split())
+
+
+def valid(text: str) -> str:
     """Text that UTF-8 can hold: a lone surrogate (broken JSON) becomes a question mark."""
     try:
         text.encode()
@@ -149,7 +170,7 @@ def _load(model_bytes: bytes) -> sentencepiece.SentencePieceProcessor:
 
 
 def _train(texts: Iterable[str], vocab_size: int, split_by_whitespace: bool) -> bytes:
-    lines = [line for text in texts for line in _valid(text).replace("\0", " ").splitlines()]
+    lines = [line for text in texts for line in valid(text).replace("\0", " ").splitlines()]
     lines = [line for line in lines if line.strip()]
     if not lines:
         raise UserError("no text to train a tokenizer on: the captions are empty")
