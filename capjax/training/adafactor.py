@@ -100,7 +100,7 @@ def average_in_bfloat16(decay: float) -> optax.GradientTransformation:
             return (1 - decay) * update + kept
 
         averages = jax.tree.map(average, updates, state.mu)
-        return averages, AverageState(optax.tree.cast(averages, jnp.bfloat16))
+        return averages, AverageState({n: x.astype(jnp.bfloat16) for n, x in averages.items()})
 
     return optax.GradientTransformation(
         lambda params: AverageState(optax.tree.zeros_like(params, dtype=jnp.bfloat16)), update

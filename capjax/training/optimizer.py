@@ -141,26 +141,24 @@ def make_optimizer(
     schedule = learning_rate_schedule(config, total_steps)
     used = {name: x.shape for name, x in by_name(params or {}).items()}
 
-    def parts(params: Params) -> tuple[optax.GradientTransformation, list[str]]:
-        """What trains, of these parameters (concrete, traced or abstract), and which it trains."""
+    def parts(params: Params) -> tuple[optax.GradientTransformation, dict[str, Any]]:
+        """What trains, of parameters (concrete or abstract), and those that it trains by name."""
         frozen = frozen_names(params, config.freeze)
+        trained = {name: x for name, x in by_name(params).items() if name not in frozen}
         factors = rate_factors(params, config.layer_decay, config.multipliers)
-        tx = _transformation(config, schedule, layouts(params, used), factors)
-        return tx, [name for name in by_name(params) if name not in frozen]
+        return _transformation(config, schedule, layouts(trained, used), factors), trained
 
     def init(params: Any):
         tx, trained = parts(params)
-        leaves = by_name(params)
-        return tx.init({name: leaves[name] for name in trained})
+        return tx.init(trained)
 
     def update(updates: Any, state: Any, params: Any = None):
         tx, trained = parts(params)
-        gradients, leaves = by_name(updates), by_name(params)
-        trained_leaves = {name: leaves[name] for name in trained}
-        steps: Any = tx.update({name: gradients[name] for name in trained}, state, trained_leaves)
-        # Not +0: x + -0 is x bit for bit, also where x is -0.
-        moves = [steps[0].get(name, jnp.full_like(x, -0.0)) for name, x in leaves.items()]
-        return jax.tree.unflatten(jax.tree.structure(params), moves), steps[1]
+        gradients = by_name(updates)
+        moved: Any = tx.update({name: gradients[name] for name in trained}, state, trained)
+        # Not +0: x + -0 is x, also where x is -0.
+        moves = [moved[0].get(name, jnp.full_like(x, -0.0)) for name, x in by_name(params).items()]
+        return jax.tree.unflatten(jax.tree.structure(params), moves), moved[1]
 
     if params is not None:
         parts(params)
