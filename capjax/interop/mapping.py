@@ -6,6 +6,8 @@ off it: `export` makes their arrays of our parameters, `fill` our parameters of 
 
 import dataclasses
 import math
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from types import EllipsisType, MappingProxyType
 from typing import Any, NamedTuple
@@ -206,12 +208,35 @@ def check_same(found: Shapes, expected: Shapes, what: str) -> None:
         if name in found and found[name] != shape
     ]
     differences = [
-        f"{kind}: {', '.join(names)}"
+        f"{kind}: {', '.join(grouped(names))}"
         for kind, names in (("missing", missing), ("not used", extra), ("shapes", shapes))
         if names
     ]
     if differences:
         raise UserError(f"not the weights of {what}: {'; '.join(differences)}")
+
+
+def grouped(names: list[str]) -> list[str]:
+    """Names that differ in one number alone, as one: `encoderblock_{0..11}/LayerNorm_0/scale`."""
+    counts = Counter(key for name in names for key, _ in _numbered(name))
+    groups: dict[str, list[int]] = {}
+    for name in names:
+        key, number = max(_numbered(name), key=lambda pair: counts[pair[0]], default=(name, 0))
+        groups.setdefault(key if counts[key] > 1 else name, []).append(number)
+    return [key.replace("*", _span(numbers)) for key, numbers in groups.items()]
+
+
+def _numbered(name: str) -> list[tuple[str, int]]:
+    """For each number in a name that ends a part of it: the name without it, and the number."""
+    found = re.finditer(r"\d+(?=[./])", name)
+    return [(f"{name[: x.start()]}*{name[x.end() :]}", int(x[0])) for x in found]
+
+
+def _span(numbers: list[int]) -> str:
+    first, last = min(numbers), max(numbers)
+    if len(numbers) == last - first + 1:
+        return f"{{{first}..{last}}}"
+    return f"{{{','.join(map(str, sorted(numbers)))}}}"
 
 
 def _their_shape(view: np.ndarray, leaf: Leaf) -> tuple[int, ...]:

@@ -277,6 +277,25 @@ def test_every_difference_is_named():
     )
 
 
+def test_differences_of_many_blocks_are_one():
+    config = dataclasses.replace(TWO_TOWERS, text_depth=12)
+    arrays = to_arrays(config, random_weights(config).params)
+    for i in range(12):
+        del arrays[f"txt/Encoder_0/encoderblock_{i}/LayerNorm_1/bias"]
+        name = f"txt/Encoder_0/encoderblock_{i}/LayerNorm_0/bias"
+        arrays[name] = arrays[name][:, None]
+    for i in (1, 2):
+        arrays[f"img/Transformer/encoderblock_{i}/gate"] = np.zeros(1)
+    with pytest.raises(UserError) as error:
+        read(arrays)
+    assert str(error.value) == (
+        "not the weights of big_vision two towers: "
+        "missing: txt/Encoder_0/encoderblock_{0..11}/LayerNorm_1/bias; "
+        "not used: img/Transformer/encoderblock_{1..2}/gate; "
+        "shapes: txt/Encoder_0/encoderblock_{0..11}/LayerNorm_0/bias (12, 1) instead of (12,)"
+    )
+
+
 def test_other_files_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"neither a CapPa nor .* it has w$"):
         read({"w": np.zeros(3)})
