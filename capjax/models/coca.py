@@ -47,6 +47,9 @@ class CoCaConfig(ImageEncoderConfig):
       decoder_depth: layers of text, those without and those with cross-attention.
       unimodal_depth: how many of them, the first ones, have none; 0 stands for half.
       decoder_bias: biases in the decoder's MLPs and LayerNorms (its attention never has any).
+      decoder_posemb: positions of the text: "learn", "sincos2d", or "" for `posemb`.
+      decoder_qk_norm: LayerNorm of queries and keys in the decoder.
+      null_memory: what captions see where the image is dropped: "zeros", or one "learned" vector.
       caption_queries: image tokens that the captions see.
       embedding_dim: width of the image's and the text's embedding; 0 stands for decoder_width.
       logit_scale_init: log of the factor on the cosine of two embeddings; CLIP's is ln(1 / 0.07).
@@ -60,6 +63,9 @@ class CoCaConfig(ImageEncoderConfig):
     decoder_mlp_dim: int = 0
     unimodal_depth: int = 0
     decoder_bias: bool = False
+    decoder_posemb: str = ""
+    decoder_qk_norm: bool = False
+    null_memory: str = "zeros"
     caption_queries: int = 256
     embedding_dim: int = 0
     logit_scale_init: float = math.log(1 / 0.07)
@@ -75,7 +81,9 @@ class CoCaConfig(ImageEncoderConfig):
             "vocab_size", "text_length", "decoder_width", "decoder_num_heads", "decoder_mlp_dim"
         )
         self.check_at_least_one("caption_queries", "embedding_dim")
-        self.check_heads("decoder_")
+        self.check_choice("decoder_posemb", ("", "learn", "sincos2d"))
+        self.check_choice("null_memory", ("zeros", "learned"))
+        self.check_heads("decoder_", self.decoder_posemb or self.posemb)
         if not 1 <= self.unimodal_depth < self.decoder_depth:
             raise UserError(
                 f"unimodal_depth={self.unimodal_depth} of decoder_depth={self.decoder_depth} "
@@ -103,8 +111,11 @@ class CoCaModule(nnx.Module):
             multimodal_depth=config.decoder_depth - config.unimodal_depth,
             num_heads=config.decoder_num_heads,
             mlp_dim=config.decoder_mlp_dim,
-            use_bias=config.decoder_bias,
             embedding_dim=config.embedding_dim,
+            posemb=config.decoder_posemb or config.posemb,
+            use_bias=config.decoder_bias,
+            qk_norm=config.decoder_qk_norm,
+            learned_null=config.null_memory == "learned",
             numerics=config,
         )
         self.contrastive = ContrastiveScale(config.logit_scale_init, None)
@@ -143,6 +154,12 @@ class CoCa(PureModel):
         """Float32 embeddings of length 1, of what `encode` gave."""
         projection = self.module(params).image_projection
         return unit_norm(apply_projection(projection, self.pooled(params, memory_BQD)))
+
+    def drop_memory(
+        self, params: Params, memory_BQD: Float[Array, "B Q D"], is_dropped_B: Bool[Array, " B"]
+    ) -> Float[Array, "B Q D"]:
+        """The memory, in dropped rows replaced by what stands for no image (`null_memory`)."""
+        return self.module(params).decoder.drop_memory(memory_BQD, is_dropped_B)
 
     def embed_text(
         self, params: Params, tokens_TL: Int[Array, "T L"]

@@ -1,24 +1,21 @@
 """CoCa's text decoder: layers that read text alone, then layers that read text and image."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
 from capjax.data.tokenizer import PAD_ID
-from capjax.dims import Array, Float, Int
+from capjax.dims import Array, Bool, Float, Int
 from capjax.mesh import act_BLD, act_XBLNK, embedding_LD, out_sharding
-from capjax.models.attention import MASKED, SelfAttention, attend
+from capjax.models.attention import MASKED, SelfAttention, causal_bias
+from capjax.models.decoder_block import DecoderBlock, attend_to_cache
 from capjax.models.image_encoder import ImageEncoderConfig, sincos2d
 from capjax.models.layers import Embedding, LayerNorm, Mlp
-from capjax.models.parameters import lecun_normal, normal, parameter, use
+from capjax.models.parameters import lecun_normal, normal, parameter, use, zeros
 from capjax.models.stack import run_stack, stack
-from capjax.models.text_decoder import (
-    DecoderBlock,
-    DecoderCache,
-    OutputHead,
-    attention_bias,
-    pad_to_lanes,
-)
+from capjax.models.text_decoder import DecoderCache, OutputHead, pad_to_lanes
 from capjax.models.text_encoder import apply_projection, project_feature
 
 
@@ -33,7 +30,7 @@ def class_attention_bias(tokens_BL: Int[Array, "B L"]) -> Float[Array, "B 1 S S"
     is_padding_BS = jnp.pad(is_padding_BL, ((0, 0), (0, 1)))
     is_class_S = jnp.arange(length + 1) == length
     hidden_BSS = is_class_S[None, :, None] & is_padding_BS[:, None, :]
-    return jnp.where(hidden_BSS[:, None], MASKED, attention_bias(length + 1, None))
+    return jnp.where(hidden_BSS[:, None], MASKED, causal_bias(length + 1, length + 1))
 
 
 class UnimodalBlock(nnx.Module):
@@ -46,20 +43,33 @@ class UnimodalBlock(nnx.Module):
         mlp_dim: int,
         *,
         use_bias: bool,
-        numerics: ImageEncoderConfig,
+        qk_norm: bool,
+        activation: str,
+        norm_eps: float,
+        implementation: str,
     ):
-        eps = numerics.norm_eps
-        self.self_norm = LayerNorm(width, use_bias=use_bias, eps=eps)
+        self.self_norm = LayerNorm(width, use_bias=use_bias, eps=norm_eps)
         self.self_attention = SelfAttention(
-            width, num_heads, lecun_normal, use_bias=False, implementation=numerics.attention
+            width,
+            num_heads,
+            lecun_normal,
+            use_bias=False,
+            qk_norm=qk_norm,
+            implementation=implementation,
+            norm_eps=norm_eps,
         )
-        self.mlp_norm = LayerNorm(width, use_bias=use_bias, eps=eps)
-        self.mlp = Mlp(width, mlp_dim, use_bias=use_bias, activation=numerics.activation)
+        self.mlp_norm = LayerNorm(width, use_bias=use_bias, eps=norm_eps)
+        self.mlp = Mlp(width, mlp_dim, use_bias=use_bias, activation=activation)
 
     def __call__(
-        self, x_BLE: Float[Array, "B L E"], bias_B1LL: Float[Array, "#B 1 L L"]
+        self,
+        x_BLE: Float[Array, "B L E"],
+        bias_B1LL: Float[Array, "B 1 L L"] | None = None,
+        *,
+        is_causal: bool = False,
     ) -> Float[Array, "B L E"]:
-        x_BLE = x_BLE + self.self_attention(self.self_norm(x_BLE), bias_B1LL)
+        normed_BLE = self.self_norm(x_BLE)
+        x_BLE = x_BLE + self.self_attention(normed_BLE, bias_B1LL, is_causal=is_causal)
         return x_BLE + self.mlp(self.mlp_norm(x_BLE))
 
     def decode_step(
@@ -70,18 +80,11 @@ class UnimodalBlock(nnx.Module):
         keys_XBLNK: Array,
         values_XBLNK: Array,
     ) -> tuple[Array, Array, Array]:
-        """One position; its key and value are written into the cache in place."""
-        query, key, value = self.self_attention.project(self.self_norm(x_B1E))
-        start = (layer, 0, index, 0, 0)
-        keys_XBLNK = lax.dynamic_update_slice(keys_XBLNK, key[None], start)
-        values_XBLNK = lax.dynamic_update_slice(values_XBLNK, value[None], start)
-        attended = attend(
-            query,
-            lax.dynamic_index_in_dim(keys_XBLNK, layer, keepdims=False),
-            lax.dynamic_index_in_dim(values_XBLNK, layer, keepdims=False),
-            jnp.where(jnp.arange(keys_XBLNK.shape[2]) <= index, 0.0, MASKED)[None, None, None, :],
+        """One position; its key and value are written into the cache."""
+        found_B1E, keys_XBLNK, values_XBLNK = attend_to_cache(
+            self.self_attention, self.self_norm(x_B1E), index, layer, keys_XBLNK, values_XBLNK
         )
-        x_B1E = x_B1E + self.self_attention.out(attended)
+        x_B1E = x_B1E + found_B1E
         return x_B1E + self.mlp(self.mlp_norm(x_B1E)), keys_XBLNK, values_XBLNK
 
 
@@ -102,22 +105,34 @@ class CoCaDecoder(nnx.Module):
         multimodal_depth: int,
         num_heads: int,
         mlp_dim: int,
-        use_bias: bool,
         embedding_dim: int,
+        posemb: str,
+        use_bias: bool,
+        qk_norm: bool,
+        learned_null: bool,
         numerics: ImageEncoderConfig,
     ):
         self.token_embedding = Embedding(num_tokens, pad_to_lanes(num_tokens), width)
         self.position_embedding = (
             parameter(normal(width**-0.5), (text_length, width), embedding_LD)
-            if numerics.posemb == "learn"
+            if posemb == "learn"
             else None
         )
         self.class_token = parameter(normal(1.0), (1, width), embedding_LD)  # as an embedded token
-        unimodal = UnimodalBlock(width, num_heads, mlp_dim, use_bias=use_bias, numerics=numerics)
-        self.unimodal_blocks = stack(unimodal, unimodal_depth)
         self.class_norm = LayerNorm(width, eps=numerics.norm_eps)
         self.class_projection = project_feature(width, embedding_dim, use_bias=False)
-        multimodal = DecoderBlock(width, numerics.width, num_heads, mlp_dim, use_bias=use_bias)
+        # At first the memory of zeros; its gradient, through the values, is not zero.
+        self.null_memory = parameter(zeros, (numerics.width,)) if learned_null else None
+        options: dict[str, Any] = {
+            "use_bias": use_bias,
+            "qk_norm": qk_norm,
+            "activation": numerics.activation,
+            "norm_eps": numerics.norm_eps,
+            "implementation": numerics.attention,
+        }
+        unimodal = UnimodalBlock(width, num_heads, mlp_dim, **options)
+        self.unimodal_blocks = stack(unimodal, unimodal_depth)
+        multimodal = DecoderBlock(width, numerics.width, num_heads, mlp_dim, **options)
         self.multimodal_blocks = stack(multimodal, multimodal_depth)
         self.norm = LayerNorm(width, eps=numerics.norm_eps)
         self.head = OutputHead(width, num_tokens)
@@ -134,7 +149,7 @@ class CoCaDecoder(nnx.Module):
 
     def text(self, tokens_BL: Int[Array, "B L"]) -> Float[Array, "B L E"]:
         """The tokens' states after the unimodal layers."""
-        return self._unimodal(self._embed(tokens_BL), attention_bias(tokens_BL.shape[1], None))
+        return self._unimodal(self._embed(tokens_BL), None)
 
     def text_and_class(
         self, tokens_BL: Int[Array, "B L"]
@@ -155,15 +170,23 @@ class CoCaDecoder(nnx.Module):
         self, text_BLE: Float[Array, "B L E"], memory_BQD: Float[Array, "B Q D"]
     ) -> Float[Array, "B L E"]:
         """States after the multimodal layers and the final LayerNorm."""
-        bias_11LL = attention_bias(text_BLE.shape[1], None)
         x_BLE = run_stack(
-            lambda x_BLE, block: block(x_BLE, memory_BQD, bias_11LL),
+            lambda x_BLE, block: block(x_BLE, memory_BQD, is_causal=True),
             text_BLE,
             self.multimodal_blocks,
             scan=self.scan,
             remat=self.remat,
         )
         return self.norm(x_BLE)
+
+    def drop_memory(
+        self, memory_BQD: Float[Array, "B Q D"], is_dropped_B: Bool[Array, " B"]
+    ) -> Float[Array, "B Q D"]:
+        """The memory, in dropped rows replaced by the learned vector, or by zeros."""
+        if self.null_memory is None:
+            return jnp.where(is_dropped_B[:, None, None], 0, memory_BQD)
+        null_11D = self.null_memory[...].astype(memory_BQD.dtype)[None, None]
+        return jnp.where(is_dropped_B[:, None, None], null_11D, memory_BQD)
 
     def start_cache(self, memory_BQD: Float[Array, "B Q D"], length: int) -> DecoderCache:
         """Keys and values of the memory for the multimodal layers, room for `length` tokens."""
@@ -209,8 +232,9 @@ class CoCaDecoder(nnx.Module):
         return self.token_embedding(tokens_BL, self.dtype) + positions_LE[None]
 
     def _unimodal(self, x_BLE, bias_B1LL):
+        is_causal = bias_B1LL is None
         return run_stack(
-            lambda x_BLE, block: block(x_BLE, bias_B1LL),
+            lambda x_BLE, block: block(x_BLE, bias_B1LL, is_causal=is_causal),
             x_BLE,
             self.unimodal_blocks,
             scan=self.scan,

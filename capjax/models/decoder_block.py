@@ -106,18 +106,33 @@ class DecoderBlock(nnx.Module):
         values_XBLNK: Array,
         memory: Sequence[Array],
     ) -> tuple[Array, Array, Array]:
-        """One position; its key and value are written into the cache in place."""
-        query, key, value = self.self_attention.project(self.self_norm(x_B1E), index)
-        start = (layer, 0, index, 0, 0)
-        keys_XBLNK = lax.dynamic_update_slice(keys_XBLNK, key[None], start)
-        values_XBLNK = lax.dynamic_update_slice(values_XBLNK, value[None], start)
-        seen_L = jnp.arange(keys_XBLNK.shape[2]) <= index
-        attended = attend(
-            query,
-            lax.dynamic_index_in_dim(keys_XBLNK, layer, keepdims=False),
-            lax.dynamic_index_in_dim(values_XBLNK, layer, keepdims=False),
-            jnp.where(seen_L, 0.0, MASKED)[None, None, None, :],
+        """One position; its key and value are written into the cache."""
+        found_B1E, keys_XBLNK, values_XBLNK = attend_to_cache(
+            self.self_attention, self.self_norm(x_B1E), index, layer, keys_XBLNK, values_XBLNK
         )
-        x_B1E = x_B1E + self.self_attention.out(attended)
+        x_B1E = x_B1E + found_B1E
         query = self.cross_attention.project_query(self.cross_norm(x_B1E))
         return self.from_memory(x_B1E, query, memory), keys_XBLNK, values_XBLNK
+
+
+def attend_to_cache(
+    attention: SelfAttention,
+    x_B1E: Float[Array, "B 1 E"],
+    index: Int[Array, ""],
+    layer: Int[Array, ""],
+    keys_XBLNK: Array,
+    values_XBLNK: Array,
+) -> tuple[Array, Array, Array]:
+    """`attention` of position `index` to those up to it, and the cache with it written in place."""
+    query, key, value = attention.project(x_B1E, index)
+    start = (layer, 0, index, 0, 0)
+    keys_XBLNK = lax.dynamic_update_slice(keys_XBLNK, key[None], start)
+    values_XBLNK = lax.dynamic_update_slice(values_XBLNK, value[None], start)
+    seen_L = jnp.arange(keys_XBLNK.shape[2]) <= index
+    attended = attend(
+        query,
+        lax.dynamic_index_in_dim(keys_XBLNK, layer, keepdims=False),
+        lax.dynamic_index_in_dim(values_XBLNK, layer, keepdims=False),
+        jnp.where(seen_L, 0.0, MASKED)[None, None, None, :],
+    )
+    return attention.out(attended), keys_XBLNK, values_XBLNK

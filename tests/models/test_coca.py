@@ -50,17 +50,20 @@ def batch():
     return jax.tree.map(jnp.asarray, rows)
 
 
-def noisy(params):
-    """Plus noise, so that neither the head nor a bias is zero."""
-    leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noise = [0.1 * jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True)]
-    return jax.tree.map(jnp.add, params, jax.tree.unflatten(treedef, noise))
+def random_params(config):
+    """Of sizes that move everything: neither the head nor a bias is zero."""
+    rng = np.random.default_rng(1)
+
+    def draw(path, x):
+        is_scale = jax.tree_util.keystr(path).endswith("scale']")
+        return jnp.asarray(rng.normal(is_scale, 0.25, x.shape), jnp.float32)
+
+    return jax.tree.map_with_path(draw, CoCa(config).abstract_params())
 
 
 @pytest.fixture(scope="module")
 def params():
-    return noisy(CoCa(CONFIG).init(jax.random.key(0)))
+    return random_params(CONFIG)
 
 
 def loss_and_gradient(config, params, batch):
@@ -278,6 +281,18 @@ def test_the_image_embedding_stands_on_the_caption_memory(params, batch):
     assert not any(np.any(x != 0) for x in jax.tree.leaves(gradient["decoder"]))
 
 
+@pytest.mark.parametrize("null", ["zeros", "learned"])
+def test_memory_of_dropped_images(null):
+    model = CoCa(dataclasses.replace(CONFIG, null_memory=null))
+    params = random_params(model.config)
+    memory = jnp.asarray(np.random.default_rng(0).normal(size=(8, 5, 32)), jnp.float32)
+    is_dropped = np.arange(8) % 3 == 0
+    found = model.drop_memory(params, memory, jnp.asarray(is_dropped))
+    want = params["decoder"].get("null_memory", jnp.zeros(32))
+    np.testing.assert_array_equal(found[is_dropped], np.broadcast_to(want, (3, 5, 32)))
+    np.testing.assert_array_equal(found[~is_dropped], memory[~is_dropped])
+
+
 def forced_logprobs(model, params, images, tokens_BL):
     inputs_BL = jnp.pad(tokens_BL, ((0, 0), (1, 0)))[:, :-1]
     hidden = model.hidden(params, inputs_BL, model.encode(params, images))
@@ -286,14 +301,12 @@ def forced_logprobs(model, params, images, tokens_BL):
     return jnp.where(tokens_BL == 0, 0.0, logprobs_BL)
 
 
-@pytest.mark.parametrize("fields", [{}, {"posemb": "sincos2d", "scan": False}], ids=str)
-def test_cached_decoding_equals_teacher_forcing(fields, params, batch):
+@pytest.mark.parametrize(
+    "fields", [{}, {"decoder_posemb": "sincos2d", "decoder_qk_norm": True, "scan": False}], ids=str
+)
+def test_cached_decoding_equals_teacher_forcing(fields, batch):
     model = CoCa(dataclasses.replace(CONFIG, **fields))
-    if fields:
-        params = {
-            part: {name: x for name, x in tree.items() if name != "position_embedding"}
-            for part, tree in params.items()
-        }
+    params = random_params(model.config)
     made = generate(model, params, batch["image"], max_length=6)
     assert np.all(made.logprobs_BL[:, 0] < 0)
     want = jax.jit(functools.partial(forced_logprobs, model))(
@@ -372,6 +385,8 @@ def test_every_large_parameter_is_split_over_fsdp():
         ({"caption_queries": 0}, "caption_queries=0: expected 1"),
         ({"embedding_dim": -1}, "embedding_dim=-1: expected 1"),
         ({"vocab_size": 0}, "vocab_size=0"),
+        ({"decoder_posemb": "rotary"}, "decoder_posemb='rotary': choose one of"),
+        ({"null_memory": "ones"}, "null_memory='ones': choose one of"),
     ],
 )
 def test_bad_configurations_are_refused(fields, message):
