@@ -89,7 +89,8 @@ def walk(
         columns, of_rows, of_columns = carry
         # Both go out before the work, which need not wait: what arrives is what was gathered for
         # the texts that arrived a step ago, the very ones at hand. (At first all are alike.)
-        next_columns, of_columns = send(columns), send(of_columns)
+        next_columns = send(columns)
+        of_columns = of_columns if is_own else send(of_columns)
         gathered = _block(tile, rows, columns, of_rows, of_columns, is_own, per_image, size)
         return next_columns, *gathered
 
