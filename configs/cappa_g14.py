@@ -1,0 +1,19 @@
+"""CapPa g/14, 12 decoder layers: a billion parameters in the encoder.
+
+capjax train --config=cappa_g14 --workdir=DIR --config.data.source=… --config.data.tokenizer.path=…
+
+1499.42 M parameters, GFLOPS GFLOP an image.
+"""
+
+from ml_collections import ConfigDict
+
+from capjax.commands.defaults import paper_config
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The config; `arg` is not used."""
+    del arg
+    config = paper_config()
+    config.name = "cappa_g14"
+    config.model.update(variant="g/14", decoder_depth=12, remat="full")
+    return config

@@ -1,0 +1,28 @@
+"""CoCa with a ViT-L/14: `coca_b32` at the size of the paper's Large.
+
+capjax train --config=coca_l14 --workdir=DIR --config.data.source=… --config.data.tokenizer.path=…
+
+PARAMS M parameters, GFLOPS GFLOP an image.
+"""
+
+from ml_collections import ConfigDict
+
+from capjax.commands.defaults import paper_config
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The config; `arg` is not used."""
+    del arg
+    config = paper_config()
+    config.name = "coca_l14"
+    config.model.update(
+        variant="L/14",
+        decoder_variant="L",
+        decoder_depth=24,
+        caption_queries=256,
+        logit_scale_init=2.6592600369327783,
+        logit_bias_init=None,
+    )
+    config.objective.captioning.weight = 0.0
+    config.objective.coca.update(weight=1.0, caption_weight=2.0, contrastive_weight=1.0)
+    return config

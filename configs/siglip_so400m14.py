@@ -1,0 +1,22 @@
+"""SigLIP So400m/14: the shape-optimised towers, batch 32,768.
+
+capjax train --config=siglip_so400m14 --workdir=DIR --config.data.source=… --config.data.tokenizer.path=…
+
+PARAMS M parameters, GFLOPS GFLOP an image.
+"""
+
+from ml_collections import ConfigDict
+
+from capjax.commands.defaults import paper_config
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The config; `arg` is not used."""
+    del arg
+    config = paper_config()
+    config.name = "siglip_so400m14"
+    config.batch_size = 32_768
+    config.model.update(variant="So400m/14", text_variant="So400m", pool="map")
+    config.objective.captioning.weight = 0.0
+    config.objective.contrastive.update(weight=1.0, kind="sigmoid")
+    return config

@@ -1,0 +1,97 @@
+"""Every objective as its user runs it: trained, evaluated again, used and reported."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+import capjax
+from capjax.data.sources import open_source
+from capjax.errors import UserError
+from capjax.reporting.page import write_report
+from tests.commands.conftest import REPOSITORY, finish, start
+
+SHRUNK = '''
+"""An objective on the embedded corpus, shrunk."""
+from ml_collections import ConfigDict
+import runpy
+
+def get_config(arg=""):
+    config = runpy.run_path({path!r})["get_config"](arg)
+    config.batch_size = 32
+    config.total_steps = 40
+    config.data.text_length = 8
+    config.data.styles = ("fluent",)
+    config.data.tokenizer.vocab_size = 320
+    config.preprocessing.image_size = 16
+    config.model.update(patch_size=8, width=32, depth=1, num_heads=2, mlp_dim=64)
+    config.model.update(decoder_depth=2, text_depth=1, caption_queries=4)
+    config.optimizer.update(warmup_steps=4, cooldown_steps=0)
+    config.checkpoint.every_steps = 0
+    config.log_every_steps = 1
+    config.evaluate.update(every_steps=0, batch_size=32, max_examples=64)
+    config.evaluate.splits = ConfigDict({{"concept": "emoji:concept"}})
+    config.tensorboard = False
+    return config
+'''
+CAPTIONS = {"exact_match", "unigram_f1", "caption_loss", "shuffled_images_loss"}
+RETRIEVAL = {"image_to_text_r1", "text_to_image_r1", "image_to_text_r5", "text_to_image_r10"}
+MEASURED = {
+    "cap": CAPTIONS,
+    "cappa": CAPTIONS | {"parallel_loss"},
+    "icmlm": CAPTIONS | {"parallel_loss"},
+    "clip": RETRIEVAL,
+    "siglip": RETRIEVAL,
+    "coca": CAPTIONS | RETRIEVAL,
+    "siglip_cappa": CAPTIONS | RETRIEVAL,
+}
+
+
+@pytest.fixture(scope="module")
+def config_path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "shrunk.py"
+    path.write_text(SHRUNK.format(path=str(REPOSITORY / "configs" / "emoji_objectives.py")))
+    return path
+
+
+def metric_lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MEASURED)
+def test_train_evaluate_use_report(name, config_path, tmp_path):
+    workdir = tmp_path / name
+    finish(start("train", f"--config={config_path}:{name}", f"--workdir={workdir}"))
+    lines = metric_lines(workdir)
+    losses = [line["train/loss"] for line in lines if "train/loss" in line]
+    assert len(losses) == 40 and np.mean(losses[-5:]) < 0.97 * np.mean(losses[:5])
+    measured = {k: v for k, v in lines[-1].items() if k.startswith("eval/concept/")}
+    assert {f"eval/concept/{metric}" for metric in MEASURED[name]} <= measured.keys()
+
+    finish(start("evaluate", f"--workdir={workdir}"))
+    again = metric_lines(workdir)[-1]
+    assert {k: v for k, v in again.items() if k.startswith("eval/")} == pytest.approx(measured)
+
+    model = capjax.load(workdir)
+    images = [open_source("emoji:concept")[i].image for i in range(3)]
+    if MEASURED[name] >= CAPTIONS:
+        assert len(model.caption(images)) == 3
+        assert (model.score(images, ["a cat", "a dog", "a hat"]) < 0).all()
+    else:
+        with pytest.raises(UserError, match=r"contrastive towers and no caption decoder"):
+            model.caption(images)
+    if MEASURED[name] >= RETRIEVAL:
+        image_ND, text_ND = model.embed_images(images), model.embed_texts(["a cat", "a dog"])
+        for x in (image_ND, text_ND):
+            np.testing.assert_allclose(np.linalg.norm(x, axis=1), 1, rtol=1e-5)
+        assert image_ND.shape[1] == text_ND.shape[1]
+    else:
+        with pytest.raises(UserError, match="no contrastive towers"):
+            model.embed_texts(["a cat"])
+    assert model.encode_image(images).shape == (3, 32)
+
+    page = write_report(workdir).read_text()
+    assert ("text to image R@1" in page) == (MEASURED[name] >= RETRIEVAL)
+    assert bool(re.search(r"exact match", page)) == (MEASURED[name] >= CAPTIONS)
