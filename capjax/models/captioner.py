@@ -21,7 +21,7 @@ from capjax.models.image_encoder import (
     normalize,
 )
 from capjax.models.pooling import pool
-from capjax.models.text_decoder import DecoderCache, TextDecoder, pad_to_lanes
+from capjax.models.text_decoder import DecoderCache, TextDecoder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,12 +119,6 @@ class Captioner(PureModel):
     def mask_id(self) -> int:
         """The mask token: the decoder's input at every position in parallel mode."""
         return self.config.vocab_size
-
-    def num_padding(self) -> int:
-        """Entries of the parameters that only pad a vocabulary."""
-        embeddings, columns = self.config.num_embeddings, self.config.vocab_size
-        padding = (pad_to_lanes(embeddings) - embeddings) * self.config.decoder_width
-        return padding + (pad_to_lanes(columns) - columns) * (self.config.decoder_width + 1)
 
     def encode(
         self, params: Params, images_BHWC: UInt8[Array, "B H W C"] | Float[Array, "B H W C"]

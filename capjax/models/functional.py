@@ -55,10 +55,6 @@ class PureModel:
         """Parameters, without the padding of vocabularies."""
         return sum(x.size for x in jax.tree.leaves(self.unpadded_params()))
 
-    def num_padding(self) -> int:
-        """Entries of the parameters that only pad a vocabulary."""
-        return sum(x.size for x in jax.tree.leaves(self.abstract_params())) - self.num_params()
-
     def module(self, params: Params) -> Any:
         """The module with its own entries of `params` in it."""
         return merge(self._build, {name: params[name] for name in self.abstract_params()})
