@@ -1,6 +1,7 @@
-"""Cap B/16: `cappa_b16` with causal prediction alone.
+r"""Cap B/16: `cappa_b16` with causal prediction alone.
 
-capjax train --config=cap_b16 --workdir=DIR --config.data.source=… --config.data.tokenizer.path=…
+capjax train --config=cap_b16 --workdir=DIR --config.data.source=SOURCE \
+    --config.data.tokenizer.path=FILE.model
 
 191.67 M parameters less the mask token's row, 142.5 GFLOP an image; the cost of `cappa_b16`.
 """

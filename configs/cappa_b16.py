@@ -1,6 +1,7 @@
-"""CapPa B/16, 6 decoder layers: the config that big_vision ships for the paper.
+r"""CapPa B/16, 6 decoder layers: the config that big_vision ships for the paper.
 
-capjax train --config=cappa_b16 --workdir=DIR --config.data.source=… --config.data.tokenizer.path=…
+capjax train --config=cappa_b16 --workdir=DIR --config.data.source=SOURCE \
+    --config.data.tokenizer.path=FILE.model
 
 191.67 M parameters (the paper's Table 1: 192 M), 142.5 GFLOP an image. 3 billion images are
 4.3e20 FLOP: 1.5e3 chip-hours of a TPU v5e at 40 % of its peak.

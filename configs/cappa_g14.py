@@ -1,8 +1,10 @@
-"""CapPa g/14, 12 decoder layers: a billion parameters in the encoder.
+r"""CapPa g/14, 12 decoder layers: a billion parameters in the encoder.
 
-capjax train --config=cappa_g14 --workdir=DIR --config.data.source=… --config.data.tokenizer.path=…
+capjax train --config=cappa_g14 --workdir=DIR --config.data.source=SOURCE \
+    --config.data.tokenizer.path=FILE.model
 
-1499.42 M parameters, GFLOPS GFLOP an image.
+1499.42 M parameters, 1824.9 GFLOP an image.
+3 billion images are 5.5e21 FLOP: 1.9e4 chip-hours of a TPU v5e at 40 % of its peak.
 """
 
 from ml_collections import ConfigDict

@@ -1,9 +1,10 @@
-"""CapPa L/14, 12 decoder layers: the large model of the paper.
+r"""CapPa L/14, 12 decoder layers: the large model of the paper.
 
-capjax train --config=cappa_l14 --workdir=DIR --config.data.source=… --config.data.tokenizer.path=…
+capjax train --config=cappa_l14 --workdir=DIR --config.data.source=SOURCE \
+    --config.data.tokenizer.path=FILE.model
 
-570.18 M parameters (the paper's Table 1: 570 M), 618.7 GFLOP an image. 3 billion images are
-1.9e21 FLOP: 6.5e3 chip-hours of a TPU v5e at 40 % of its peak.
+570.18 M parameters (the paper's Table 1: 570 M), 606.0 GFLOP an image. 3 billion images are
+1.8e21 FLOP: 6.4e3 chip-hours of a TPU v5e at 40 % of its peak.
 """
 
 from ml_collections import ConfigDict

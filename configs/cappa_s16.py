@@ -1,6 +1,7 @@
-"""CapPa S/16, 6 decoder layers: the small end of a scaling study.
+r"""CapPa S/16, 6 decoder layers: the small end of a scaling study.
 
-capjax train --config=cappa_s16 --workdir=DIR --config.data.source=… --config.data.tokenizer.path=…
+capjax train --config=cappa_s16 --workdir=DIR --config.data.source=SOURCE \
+    --config.data.tokenizer.path=FILE.model
 
 60.46 M parameters, 39.5 GFLOP an image. 3 billion images are 1.2e20 FLOP: 4.2e2 chip-hours of a
 TPU v5e at 40 % of its peak.

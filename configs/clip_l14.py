@@ -1,8 +1,10 @@
-"""CLIP L/14: `clip_b16` at the size of `cappa_l14`.
+r"""CLIP L/14: `clip_b16` at the size of `cappa_l14`.
 
-capjax train --config=clip_l14 --workdir=DIR --config.data.source=… --config.data.tokenizer.path=…
+capjax train --config=clip_l14 --workdir=DIR --config.data.source=SOURCE \
+    --config.data.tokenizer.path=FILE.model
 
-PARAMS M parameters, GFLOPS GFLOP an image.
+501.86 M parameters, 546.0 GFLOP an image.
+3 billion images are 1.6e21 FLOP: 5.8e3 chip-hours of a TPU v5e at 40 % of its peak.
 """
 
 from ml_collections import ConfigDict

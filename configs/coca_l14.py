@@ -1,8 +1,10 @@
-"""CoCa with a ViT-L/14: `coca_b32` at the size of the paper's Large.
+r"""CoCa with a ViT-L/14: `coca_b32` at the size of the paper's Large.
 
-capjax train --config=coca_l14 --workdir=DIR --config.data.source=… --config.data.tokenizer.path=…
+capjax train --config=coca_l14 --workdir=DIR --config.data.source=SOURCE \
+    --config.data.tokenizer.path=FILE.model
 
-PARAMS M parameters, GFLOPS GFLOP an image.
+731.95 M parameters, 674.4 GFLOP an image.
+3 billion images are 2.0e21 FLOP: 7.1e3 chip-hours of a TPU v5e at 40 % of its peak.
 """
 
 from ml_collections import ConfigDict

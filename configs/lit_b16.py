@@ -1,10 +1,11 @@
-"""LiT B/16: a text tower trained on a frozen image encoder (Zhai et al. 2022).
+r"""LiT B/16: a text tower trained on a frozen image encoder (Zhai et al. 2022).
 
-capjax train --config=lit_b16 --workdir=DIR --config.data.source=… --config.data.tokenizer.path=…
+capjax train --config=lit_b16 --workdir=DIR --config.data.source=SOURCE \
+    --config.data.tokenizer.path=FILE.model
 
 The encoder comes from a run of `cappa_b16` (or any other): give its workdir as
---config.warm_start.path=DIR. PARAMS M parameters, of which the encoder's 85.80 M stay as they are;
-GFLOPS GFLOP an image, counted as if all were trained.
+--config.warm_start.path=DIR. 203.16 M parameters, of which the encoder's 85.80 M stay as they are;
+139.3 GFLOP an image, counted as if all were trained.
 """
 
 from ml_collections import ConfigDict

@@ -1,8 +1,10 @@
-"""SigLIP So400m/14: the shape-optimised towers, batch 32,768.
+r"""SigLIP So400m/14: the shape-optimised towers, batch 32,768.
 
-capjax train --config=siglip_so400m14 --workdir=DIR --config.data.source=… --config.data.tokenizer.path=…
+capjax train --config=siglip_so400m14 --workdir=DIR --config.data.source=SOURCE \
+    --config.data.tokenizer.path=FILE.model
 
-PARAMS M parameters, GFLOPS GFLOP an image.
+877.42 M parameters, 820.4 GFLOP an image.
+3 billion images are 2.5e21 FLOP: 8.7e3 chip-hours of a TPU v5e at 40 % of its peak.
 """
 
 from ml_collections import ConfigDict

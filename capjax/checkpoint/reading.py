@@ -40,6 +40,8 @@ class LoadedCheckpoint(NamedTuple):
 def load_params(path: str | os.PathLike) -> LoadedCheckpoint:
     """The parameters of a checkpoint, verified, without the optimizer's state.
 
+    Where the run kept an average of its parameters over time, they are that average.
+
     `path` is a workdir, its `checkpoints`, or one checkpoint in it; of several the newest good one
     is taken, and damaged newer ones are reported on stderr. The arrays lie on this process's first
     device. Raises `UserError` where nothing good is found.
@@ -63,12 +65,14 @@ def load_params(path: str | os.PathLike) -> LoadedCheckpoint:
 
 def _load(directory: epath.Path) -> LoadedCheckpoint:
     metadata = checked_metadata(directory)
-    entries = {k: e for k, e in metadata["arrays"].items() if k.startswith("params/")}
+    tops = {name.partition("/")[0] for name in metadata["arrays"]}
+    top = "ema" if "ema" in tops else "params"
+    entries = {k: e for k, e in metadata["arrays"].items() if k.startswith(f"{top}/")}
     arrays = read_arrays(directory, on_one_device(entries))
     check_digests(arrays, entries)
     has_tokenizer = TOKENIZER_FILE in metadata["files"]
     return LoadedCheckpoint(
-        params=nested(arrays)["params"],
+        params=nested(arrays)[top],
         metadata=metadata,
         tokenizer_model=(directory / TOKENIZER_FILE).read_bytes() if has_tokenizer else b"",
         step=metadata["step"],

@@ -10,7 +10,8 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from capjax.checkpoint import check_disk_space
+from capjax.checkpoint import check_disk_space, find_steps
+from capjax.commands.models import build_objectives, build_towers
 from capjax.commands.settings import from_dataclass_kwargs
 from capjax.data.images import ImagePreprocessing
 from capjax.data.inspection import source_texts
@@ -19,13 +20,14 @@ from capjax.data.sources import Source, open_source
 from capjax.data.tokenizer import Tokenizer
 from capjax.data.transforms import Augment, CaptionChoice
 from capjax.errors import UserError
-from capjax.mesh import MeshShape, check_batch_size, make_mesh
-from capjax.models.captioner import Captioner, CaptionerConfig
-from capjax.objectives.captioning import CaptioningObjective, captioning_loss
-from capjax.objectives.objective import mean_over_rows
-from capjax.training.optimizer import OptimizerConfig, duration, make_optimizer
+from capjax.mesh import MeshShape, check_batch_size, make_mesh, num_batch_shards
+from capjax.models.towers import Towers
+from capjax.objectives.combined import Objectives, combined_loss
+from capjax.training.optimizer import OptimizerConfig, make_optimizer
+from capjax.training.schedule import duration
 from capjax.training.state import TrainState, init_state
 from capjax.training.step import make_train_step
+from capjax.training.warm_start import WarmStart
 
 SYNTHETIC = "synthetic"
 
@@ -49,7 +51,9 @@ class Plan(NamedTuple):
     source: Source | None  # None: synthetic examples
     splits: dict[str, tuple[str, Source]]  # name -> (what was opened, the source)
     tokenizer: Tokenizer
-    model: Captioner
+    objectives: Objectives
+    towers: Towers
+    warm_start: WarmStart
     total_steps: int
     init_state: Callable[[], TrainState]  # to be jitted, within the mesh
     abstract_state: TrainState
@@ -59,19 +63,18 @@ class Plan(NamedTuple):
 def build_run(config: ConfigDict, workdir: str) -> Plan:
     """Builds and checks all that the config says, before any compile and without writing a byte."""
     mesh = build_mesh(config)
-    check_counts(config, mesh)
+    objectives = build_objectives(config)
+    check_counts(config, objectives, mesh)
     data, augment = build_data(config), from_dataclass_kwargs(Augment, config.augment, "augment")
     source = build_source(config)
     splits = open_splits(config)
     kept = epath.Path(workdir).expanduser() / "tokenizer.model"
     tokenizer = build_tokenizer(config, source, kept)
-    model = build_model(config, tokenizer.vocab_size)
-    total_steps, tx, learning_rate = build_optimizer(config, len(source) if source else None)
-    objective = from_dataclass_kwargs(CaptioningObjective, config.objective, "objective")
-    loss = mean_over_rows(
-        functools.partial(captioning_loss, model, **dataclasses.asdict(objective))
-    )
-    start = functools.partial(init_state, model.init, tx, config.seed)
+    towers = build_towers(config, objectives, tokenizer.vocab_size)
+    optimizer, total_steps = build_optimizer(config, len(source) if source else None)
+    tx, learning_rate = make_optimizer(optimizer, total_steps, towers.unpadded_params())
+    loss = combined_loss(towers, objectives, config.captions.per_image)
+    start = functools.partial(init_state, towers.init, tx, config.seed, ema=optimizer.ema_decay > 0)
     with jax.set_mesh(mesh):
         abstract_state = jax.eval_shape(start)
     check_disk_space(epath.Path(workdir) / "checkpoints", abstract_state, config.checkpoint.keep)
@@ -83,7 +86,9 @@ def build_run(config: ConfigDict, workdir: str) -> Plan:
         source=source,
         splits=splits,
         tokenizer=tokenizer,
-        model=model,
+        objectives=objectives,
+        towers=towers,
+        warm_start=build_warm_start(config),
         total_steps=total_steps,
         init_state=start,
         abstract_state=abstract_state,
@@ -92,6 +97,8 @@ def build_run(config: ConfigDict, workdir: str) -> Plan:
             tx,
             learning_rate=learning_rate,
             accumulation_steps=config.accumulation_steps,
+            freeze=optimizer.freeze,
+            ema_decay=optimizer.ema_decay,
         ),
     )
 
@@ -101,7 +108,7 @@ def build_mesh(config: ConfigDict) -> Mesh:
     return make_mesh(from_dataclass_kwargs(MeshShape, config.mesh, "mesh"))
 
 
-def check_counts(config: ConfigDict, mesh: Mesh) -> None:
+def check_counts(config: ConfigDict, objectives: Objectives, mesh: Mesh) -> None:
     """Raises `UserError` for a batch that does not divide, or a number below its least value."""
     check_batch_size(config.batch_size, mesh)
     check_batch_size(config.evaluate.batch_size, mesh, "evaluate.batch_size")
@@ -112,6 +119,14 @@ def check_counts(config: ConfigDict, mesh: Mesh) -> None:
             f"batch_size={config.batch_size}; make the batch a multiple of it"
         )
     check_batch_size(microbatch, mesh, "batch_size / accumulation_steps")
+    together = objectives.rows_together(config.captions.per_image)
+    if microbatch % (num_batch_shards(mesh) * together):
+        raise UserError(
+            f"objective.captioning.parallel_draw=fixed keeps {together} consecutive images on a "
+            f"device, but batch_size={config.batch_size} leaves {microbatch} images a microbatch "
+            f"on {num_batch_shards(mesh)} batch shards; make the batch a multiple of "
+            f"{num_batch_shards(mesh) * together * config.accumulation_steps}, or draw bernoulli"
+        )
     least = {
         "accumulation_steps": 1,
         "seed": 0,
@@ -191,19 +206,21 @@ def build_tokenizer(config: ConfigDict, source: Source | None, kept: epath.Path)
     )
 
 
-def build_model(config: ConfigDict, vocab_size: int) -> Captioner:
-    """The model. Sizes that follow from the data are taken from there, not from `model`."""
-    sizes = dict(config.model) | {
-        "image_size": config.preprocessing.image_size,
-        "text_length": config.data.text_length,
-        "vocab_size": vocab_size,
-        "mask_token": config.objective.parallel_fraction > 0,
-    }
-    return Captioner(from_dataclass_kwargs(CaptionerConfig, sizes, "model"))
+def build_warm_start(config: ConfigDict) -> WarmStart:
+    """Takes up the section `warm_start`. Raises `UserError` where its path has no checkpoint."""
+    warm = from_dataclass_kwargs(WarmStart, config.warm_start, "warm_start")
+    if warm.path:
+        find_steps(warm.path)
+    elif warm.include or warm.exclude:
+        raise UserError(
+            f"warm_start.path is empty, but include={warm.include} and exclude={warm.exclude}: "
+            "give the workdir or checkpoint to start from"
+        )
+    return warm
 
 
-def build_optimizer(config: ConfigDict, num_examples: int | None):
-    """(total steps, gradient transformation, learning-rate schedule). Raises `UserError`."""
+def build_optimizer(config: ConfigDict, num_examples: int | None) -> tuple[OptimizerConfig, int]:
+    """The optimizer's settings, and the steps in all. Raises `UserError`."""
     to_steps = functools.partial(duration, batch_size=config.batch_size, num_examples=num_examples)
     section = dict(config.optimizer)
     fixed = {
@@ -214,8 +231,7 @@ def build_optimizer(config: ConfigDict, num_examples: int | None):
     total_steps = to_steps(
         "total", {key: config[key] for key in config if key.startswith("total_")}
     )
-    optimizer = from_dataclass_kwargs(OptimizerConfig, section, "optimizer")
-    return total_steps, *make_optimizer(optimizer, total_steps)
+    return from_dataclass_kwargs(OptimizerConfig, section, "optimizer"), total_steps
 
 
 def training_batches(plan: Plan, start: int) -> Batches | Iterator[dict[str, Any]]:

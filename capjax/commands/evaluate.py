@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> None:
 
     from capjax.commands import build
     from capjax.commands.evaluators import evaluate_split
+    from capjax.commands.models import build_objectives
     from capjax.data.sources import open_source
     from capjax.decoding.load import load
     from capjax.mesh import check_batch_size
@@ -49,29 +50,28 @@ def run(args: argparse.Namespace) -> None:
     batch_size = args.batch_size or config.evaluate.batch_size
     mesh = build.build_mesh(config)
     check_batch_size(batch_size, mesh, "--batch_size")
-    captioner = load(root, loaded.step, mesh)
+    loaded = loaded.on_mesh(mesh)
     found: dict[str, dict[str, float]] = {}
     for name, split in opened.items():
         found[name] = evaluate_split(
-            captioner.model,
-            captioner.params,
+            loaded.towers,
+            loaded.params,
             mesh=mesh,
             data=build.build_data(config),
-            tokenizer=captioner.tokenizer,
+            tokenizer=loaded.tokenizer,
             split=split,
             batch_size=batch_size,
             max_examples=args.max_examples,
-            step=captioner.step,
+            step=loaded.step,
             captions_file=root / "captions" / f"{name}.jsonl",
+            contrastive=build_objectives(config).contrastive,
         )
     if jax.process_index() == 0:
         writer = JsonlWriter(root / "metrics.jsonl", restored_step=2**62)  # trims torn lines only
         for name, metrics in found.items():
-            writer.write(
-                captioner.step, {f"eval/{name}/{metric}": v for metric, v in metrics.items()}
-            )
+            writer.write(loaded.step, {f"eval/{name}/{metric}": v for metric, v in metrics.items()})
         writer.close()
-        print(_table(found, captioner.step))
+        print(_table(found, loaded.step))
 
 
 def _splits(flags: list[str]) -> dict[str, str]:

@@ -12,19 +12,22 @@ from capjax.data.tokenizer import Tokenizer
 from capjax.data.transforms import caption_texts
 from capjax.dims import Params
 from capjax.evaluation.likelihood import evaluate_likelihood
+from capjax.evaluation.retrieval import evaluate_retrieval
 from capjax.evaluation.splits import caption_split, write_captions
-from capjax.models.captioner import Captioner
+from capjax.models.towers import Towers
+from capjax.objectives.combined import ContrastiveObjective
 from capjax.training.loop import Evaluator
 
 
 def build_evaluators(plan: Plan, captions: epath.Path) -> list[Evaluator]:
     """One evaluator for each split; at the end of the run it takes every example."""
     settings = plan.config.evaluate
+    contrastive = plan.objectives.contrastive
 
     def run(name, split, state, step):
         return evaluate_split(
-            plan.model,
-            state.params,
+            plan.towers,
+            state.params if state.ema is None else state.ema,
             mesh=plan.mesh,
             data=plan.data,
             tokenizer=plan.tokenizer,
@@ -33,6 +36,7 @@ def build_evaluators(plan: Plan, captions: epath.Path) -> list[Evaluator]:
             max_examples=None if step == plan.total_steps else settings.max_examples,
             step=step,
             captions_file=captions / f"{name}.jsonl",
+            contrastive=contrastive,
         )
 
     return [
@@ -42,7 +46,7 @@ def build_evaluators(plan: Plan, captions: epath.Path) -> list[Evaluator]:
 
 
 def evaluate_split(
-    model: Captioner,
+    towers: Towers,
     params: Params,
     *,
     mesh: Mesh,
@@ -53,8 +57,12 @@ def evaluate_split(
     max_examples: int | None,
     step: int,
     captions_file: epath.Path,
+    contrastive: ContrastiveObjective,
 ) -> dict[str, float]:
-    """Likelihood and caption metrics of one split; its captions are written to a file."""
+    """What can be measured of one split: likelihood and captions, retrieval, or all of it.
+
+    Its captions are written to a file.
+    """
     name, source = split
     batches = functools.partial(
         evaluation_batches,
@@ -64,21 +72,29 @@ def evaluate_split(
         batch_size=batch_size,
         max_examples=max_examples,
     )
-    with batches() as rows:
-        metrics = evaluate_likelihood(model, params, rows, mesh)
-    with batches() as rows:
-        agreement, records = caption_split(
-            model,
-            params,
-            rows,
-            mesh=mesh,
-            tokenizer=tokenizer,
-            source=source,
-            source_name=name,
-            references=lambda example: caption_texts(example, data.captions),
-            step=step,
-        )
-    if jax.process_index() == 0:
-        captions_file.parent.mkdir(parents=True, exist_ok=True)
-        write_captions(captions_file, records)
-    return metrics | agreement
+    metrics: dict[str, float] = {}
+    if towers.generator is not None:
+        with batches() as rows:
+            metrics |= evaluate_likelihood(towers.generator, params, rows, mesh)
+        with batches() as rows:
+            agreement, records = caption_split(
+                towers.generator,
+                params,
+                rows,
+                mesh=mesh,
+                tokenizer=tokenizer,
+                source=source,
+                source_name=name,
+                references=lambda example: caption_texts(example, data.captions),
+                step=step,
+            )
+        if jax.process_index() == 0:
+            captions_file.parent.mkdir(parents=True, exist_ok=True)
+            write_captions(captions_file, records)
+        metrics |= agreement
+    if towers.embedder is not None:
+        with batches() as rows:
+            metrics |= evaluate_retrieval(
+                towers.embedder, params, rows, mesh, kind=contrastive.kind
+            )
+    return metrics

@@ -37,7 +37,7 @@ def build_towers(config: ConfigDict, objectives: Objectives, vocab_size: int) ->
         if not any(name in names for names in known.values()):
             every = set().union(*known.values())
             raise UserError(f"model.{name}: no such field{did_you_mean(name, every)}")
-    made = {}
+    made: dict[str, Any] = {}
     for kind in objectives.models_needed():
         model, config_class = KINDS[kind]
         section = {name: value for name, value in fields.items() if name in known[kind]}

@@ -19,7 +19,7 @@ from capjax.training.progress import process_age_s
 def run_info(plan: Plan) -> RunInfo:
     """What every checkpoint of the run holds. Its `model` section is complete."""
     config = resolved_dict(plan.config)
-    config["model"] = dataclasses.asdict(plan.model.config)
+    config["model"] = plan.towers.to_dict()
     return RunInfo(
         config=config,
         preprocessing=dataclasses.asdict(plan.data.preprocessing),
@@ -32,7 +32,7 @@ def describe(plan: Plan) -> str:
     examples = f"{len(plan.source):,} examples" if plan.source else "synthetic examples"
     mesh = "x".join(f"{size}{axis}" for axis, size in plan.mesh.shape.items() if size > 1)
     return (
-        f"{plan.model.num_params() / 1e6:.2f} M parameters, {examples}, "
+        f"{plan.towers.num_params() / 1e6:.2f} M parameters, {examples}, "
         f"vocabulary {plan.tokenizer.vocab_size}, {plan.total_steps:,} steps of "
         f"{plan.config.batch_size}, on {devices()}{f' as {mesh}' if mesh else ''}"
     )
@@ -49,7 +49,7 @@ def run_summary(plan: Plan, summary: TrainSummary, bad: dict[str, int]) -> dict[
     facts = {
         "steps": plan.total_steps,
         "examples_seen": plan.total_steps * plan.config.batch_size,
-        "num_params": plan.model.num_params(),
+        "num_params": plan.towers.num_params(),
         "tokenizer_sha256": plan.tokenizer.fingerprint,
         "wall_s": process_age_s(),
         "bad_records": bad,

@@ -80,7 +80,7 @@ def train_run(plan, workdir) -> None:
         )
         restored = checkpointer.restore_latest(plan.abstract_state)
         if restored is None:
-            start_step, state = 0, jax.jit(plan.init_state)()
+            start_step, state = 0, first_state(plan, progress.say)
         else:
             start_step, state, _ = restored
             progress.say(f"resuming after step {start_step} in {root}")
@@ -117,10 +117,30 @@ def train_run(plan, workdir) -> None:
             log_every_steps=config.log_every_steps,
             progress=progress,
             tracer=Tracer(root / "profile", **config.profile),
-            flops_per_image=plan.model.flops_per_example(),
+            flops_per_image=plan.towers.flops_per_example(),
         )
         checkpointer.wait()
         if jax.process_index() == 0:
             facts = summary.run_summary(plan, totals, dict(getattr(batches, "bad", {})))
             write_atomic(root / "summary.json", json.dumps(facts, indent=2) + "\n")
             progress.say(summary.closing_words(root, facts))
+
+
+def first_state(plan, say):
+    """The state before the first step, with what the warm start brings."""
+    import jax
+
+    from capjax.checkpoint import load_params
+    from capjax.training.state import with_params
+    from capjax.training.warm_start import warm_start
+
+    warm = plan.warm_start
+    loaded = load_params(warm.path) if warm.path else None
+    state = jax.jit(plan.init_state)()
+    if loaded is None:
+        return state
+    params, names = warm_start(
+        state.params, loaded.params, include=warm.include, exclude=warm.exclude
+    )
+    say(f"{len(names)} arrays of step {loaded.step} of {warm.path}, such as {names[0]}")
+    return with_params(state, params)

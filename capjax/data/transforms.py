@@ -7,7 +7,7 @@ so that a change of one setting leaves the other draws as they were.
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -77,7 +77,8 @@ def choose_captions(example: Example, choice: CaptionChoice, rng: np.random.Gene
     texts = []
     for number in range(choice.per_image):
         if number == 1:
-            rng = np.random.Generator(rng.bit_generator.jumped())
+            bits: Any = rng.bit_generator  # NumPy's base class does not name `jumped`
+            rng = np.random.Generator(bits.jumped())
         caption = _draw(left, choice, rng.random(2))
         texts.append(clean_text(caption.text, choice.lower))
         left = [other for other in left if other is not caption] or captions

@@ -1,4 +1,4 @@
-"""A checkpoint as a ready captioner: `capjax.load(path).caption(images)`."""
+"""A checkpoint, ready to use: `capjax.load(path).caption(images)`, `.embed_images(images)`."""
 
 import dataclasses
 import functools
@@ -21,7 +21,10 @@ from capjax.decoding.score import score
 from capjax.dims import Array, Params
 from capjax.errors import UserError
 from capjax.mesh import num_batch_shards, place_batch, place_tree
-from capjax.models.captioner import Captioner, CaptionerConfig
+from capjax.models.captioner import Captioner
+from capjax.models.coca import CoCa
+from capjax.models.towers import Towers, towers_from_dict
+from capjax.models.two_towers import TwoTowers
 
 MAX_SEED = 2**32 - 1
 
@@ -29,21 +32,57 @@ Record = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class LoadedCaptioner:
-    """A trained captioner with what it needs to be used: tokenizer and image preprocessing.
+class LoadedModel:
+    """A trained model with what it needs to be used: tokenizer and image preprocessing.
 
-    `params` is a plain nested dict of arrays and `model` the pure functions of it. Images are
-    uint8 arrays [H, W, 3], PIL images, paths or encoded bytes, in any mix. Batches are padded to
-    one size, so that each method compiles once for it. With a `mesh`, its devices share the rows.
+    `params` is a plain nested dict of arrays and `towers` the models that read it. Captions need a
+    captioner or CoCa, embeddings two towers or CoCa. Images are uint8 arrays [H, W, 3], PIL images,
+    paths or encoded bytes, in any mix. Batches are padded to one size, so that each method compiles
+    once for it. With a `mesh`, its devices share the rows.
     """
 
-    model: Captioner
+    towers: Towers
     params: Params
-    tokenizer: Tokenizer
+    stored_tokenizer: Tokenizer | None  # converted weights may come without
     preprocessing: ImagePreprocessing
     config: dict[str, Any]  # the run's resolved config
     step: int
     mesh: Mesh | None = None
+
+    def on_mesh(self, mesh: Mesh) -> "LoadedModel":
+        """The same, its parameters laid out on `mesh`, whose devices share the rows."""
+        params = place_tree(mesh, self.params, self.towers.param_specs())
+        return dataclasses.replace(self, params=params, mesh=mesh)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises `UserError` where the checkpoint has none."""
+        if self.stored_tokenizer is None:
+            raise UserError(
+                "this checkpoint was converted without a tokenizer; convert it again with "
+                "--tokenizer=FILE.model to read and write captions"
+            )
+        return self.stored_tokenizer
+
+    @property
+    def model(self) -> Captioner | CoCa:
+        """The one that writes captions. Raises `UserError` where there is none."""
+        if self.towers.generator is None:
+            raise UserError(
+                "this checkpoint holds contrastive towers and no caption decoder; it embeds images "
+                "and texts (embed_images, embed_texts), or take a checkpoint of a captioner"
+            )
+        return self.towers.generator
+
+    @property
+    def embedder(self) -> TwoTowers | CoCa:
+        """The one with images and texts in one space. Raises `UserError` where there is none."""
+        if self.towers.embedder is None:
+            raise UserError(
+                "this checkpoint holds a captioner and no contrastive towers; encode_image gives "
+                "its image features, score its captions' likelihood"
+            )
+        return self.towers.embedder
 
     def caption(
         self,
@@ -154,10 +193,34 @@ class LoadedCaptioner:
     ) -> np.ndarray:
         """float32 [N, D]: the mean over the encoder's patches; or all of them, [N, P, D]."""
         return self._map_images(
-            lambda batch: _encode(self.model, self.params, batch["image"], patches),
+            lambda batch: _encode(self.towers, self.params, batch["image"], patches),
             images,
             batch_size,
         )
+
+    def embed_images(self, images: Sequence[ImageLike], batch_size: int = 32) -> np.ndarray:
+        """float32 [N, D] of length 1, comparable by dot product with `embed_texts`."""
+        return self._map_images(
+            lambda batch: _embed_images(self.embedder, self.params, batch["image"]),
+            images,
+            batch_size,
+        )
+
+    def embed_texts(self, texts: Sequence[str], batch_size: int = 32) -> np.ndarray:
+        """float32 [N, D] of length 1. A text is taken as it is, and cut at the text length."""
+        if not len(texts) or batch_size < 1:
+            raise UserError(f"{len(texts)} texts, batch_size={batch_size}: expected at least 1")
+        embedder = self.embedder
+        tokens = self.tokenizer.encode_batch(texts, embedder.config.text_length)
+        outputs = []
+        for chunk, _, size in self._chunks(tokens, batch_size):
+            made = self._on_device(
+                lambda batch: _embed_texts(embedder, self.params, batch["tokens"]),
+                {"tokens": np.stack(chunk)},
+                size,
+            )
+            outputs.append(jax.device_get(made)[: len(chunk)])
+        return np.concatenate(outputs)
 
     def pixels(self, image: ImageLike) -> np.ndarray | ImageError:
         """uint8 [size, size, 3], or why the image cannot be read."""
@@ -235,15 +298,23 @@ class LoadedCaptioner:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def _encode(model: Captioner, params: Params, images_BHWC: Array, patches: bool) -> Array:
-    encoded_BPD = model.encode(params, images_BHWC).astype(jnp.float32)
-    return encoded_BPD if patches else jnp.mean(encoded_BPD, axis=1)
+def _encode(towers: Towers, params: Params, images_BHWC: Array, patches: bool) -> Array:
+    patches_BPD = towers.encode_image(params, images_BHWC).astype(jnp.float32)
+    return patches_BPD if patches else jnp.mean(patches_BPD, axis=1)
 
 
-def load(
-    path: str | os.PathLike, step: int | None = None, mesh: Mesh | None = None
-) -> LoadedCaptioner:
-    """The captioner of a run's newest checkpoint, or of `step`.
+@functools.partial(jax.jit, static_argnums=0)
+def _embed_images(embedder: TwoTowers | CoCa, params: Params, images_BHWC: Array) -> Array:
+    return embedder.embed_image(params, embedder.encode(params, images_BHWC))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed_texts(embedder: TwoTowers | CoCa, params: Params, tokens_TL: Array) -> Array:
+    return embedder.embed_text(params, tokens_TL)
+
+
+def load(path: str | os.PathLike, step: int | None = None, mesh: Mesh | None = None) -> LoadedModel:
+    """The model of a run's newest checkpoint, or of `step`.
 
     `path` is a workdir, its `checkpoints` directory, or one checkpoint in it. Without a mesh all
     runs on the first device. Raises `UserError` where there is no such checkpoint, or none whole.
@@ -256,20 +327,21 @@ def load(
     loaded = load_params(path)
     config = loaded.metadata["config"]
     try:
-        model = Captioner(CaptionerConfig(**config["model"]))
+        towers = towers_from_dict(config["model"])
         preprocessing = ImagePreprocessing(**loaded.metadata["preprocessing"])
     except (KeyError, TypeError) as error:
         raise UserError(
-            f"the checkpoint {path} does not describe a captioner of this version of capjax "
+            f"the checkpoint {path} does not describe a model of this version of capjax "
             f"({error}); it was written by capjax {loaded.metadata['versions'].get('capjax')}"
         ) from error
-    params = loaded.params
-    return LoadedCaptioner(
-        model=model,
-        params=params if mesh is None else place_tree(mesh, params, model.param_specs()),
-        tokenizer=Tokenizer.from_bytes(loaded.tokenizer_model),
+    model = LoadedModel(
+        towers=towers,
+        params=loaded.params,
+        stored_tokenizer=(
+            Tokenizer.from_bytes(loaded.tokenizer_model) if loaded.tokenizer_model else None
+        ),
         preprocessing=preprocessing,
         config=config,
         step=loaded.step,
-        mesh=mesh,
     )
+    return model if mesh is None else model.on_mesh(mesh)

@@ -18,6 +18,7 @@ from capjax.dims import Params
 from capjax.evaluation import captions
 from capjax.mesh import place_batch
 from capjax.models.captioner import Captioner
+from capjax.models.coca import CoCa
 from capjax.training.workdir import write_atomic
 
 
@@ -39,7 +40,7 @@ class CaptionRecord(NamedTuple):
 
 
 def caption_split(
-    model: Captioner,
+    model: Captioner | CoCa,
     params: Params,
     batches: Iterable[dict[str, np.ndarray]],
     *,

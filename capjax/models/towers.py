@@ -13,7 +13,7 @@ from capjax.models.functional import PureModel
 from capjax.models.image_encoder import ImageEncoderConfig, encoder_flops, normalize
 from capjax.models.two_towers import TwoTowers, TwoTowersConfig
 
-KINDS = {
+KINDS: dict[str, tuple[type[Any], type[Any]]] = {
     "captioner": (Captioner, CaptionerConfig),
     "two_towers": (TwoTowers, TwoTowersConfig),
     "coca": (CoCa, CoCaConfig),
@@ -111,7 +111,7 @@ class Towers:
 
 def towers_from_dict(kinds: dict[str, dict[str, Any]]) -> Towers:
     """The inverse of `Towers.to_dict`. Raises KeyError or TypeError for what is none."""
-    made = {}
+    made: dict[str, Any] = {}
     for kind, fields in kinds.items():
         model, config = KINDS[kind]
         made[kind] = model(config(**fields))

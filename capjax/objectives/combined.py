@@ -1,6 +1,7 @@
 """The weighted sum of a run's objectives over shared towers, the images encoded once."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -97,6 +98,7 @@ def combined_loss(towers: Towers, objectives: Objectives, captions_per_image: in
         objectives.contrastive,
         objectives.coca,
     )
+    embedder: Any = towers.embedder
     captioning_fields, coca_fields = _fields(captioning), _fields(coca)
 
     def rows(params: Params, batch, key):
@@ -117,7 +119,6 @@ def combined_loss(towers: Towers, objectives: Objectives, captions_per_image: in
         return loss, metrics, embeddings
 
     def across(params: Params, embeddings):
-        embedder = towers.embedder
         scale, bias = embedder.logit_scale_and_bias(params)
         if towers.coca is not None:
             loss, metrics = softmax_loss(

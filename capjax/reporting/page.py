@@ -20,7 +20,11 @@ TILE_PIXELS = 128
 SMOOTHING = 0.8
 # Charts of the page, in order: title, what a metric's name must end with, smoothing.
 _TRAIN_CHARTS = (
-    ("Training loss", ("train/loss", "train/causal_loss", "train/parallel_loss"), SMOOTHING),
+    (
+        "Training loss",
+        ("train/loss", "train/causal_loss", "train/parallel_loss", "train/contrastive_loss"),
+        SMOOTHING,
+    ),
     ("Images per second", ("train/images_per_s",), 0.0),
     ("Gradient norm", ("train/grad_norm",), SMOOTHING),
     ("Learning rate", ("train/learning_rate",), 0.0),
@@ -28,6 +32,8 @@ _TRAIN_CHARTS = (
 _EVAL_METRICS = {
     "exact_match": "exact match",
     "unigram_f1": "unigram F1",
+    "image_to_text_r1": "image to text R@1",
+    "text_to_image_r1": "text to image R@1",
     "loss": "loss (nats a token)",
     "perplexity": "perplexity",
     "parallel_loss": "parallel loss (nats a token)",
@@ -67,7 +73,8 @@ def write_report(
         tables=_table(metrics),
         metrics_note=(
             "At the last evaluation; captions are greedy. Exact match: equal lower-cased strings. "
-            "Unigram F1: multisets of words, mean over images."
+            "Unigram F1: multisets of words, mean over images. R@1: share of images (texts) whose "
+            "own text (image) is nearer than every other of the split."
         ),
         charts=[chart for chart in _charts(metrics) if chart],
         splits=_splits(workdir / "captions", seed, tiles),

@@ -1,6 +1,7 @@
 """One training step: gradients, update, metrics, in one compiled program."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,8 @@ from capjax.errors import UserError
 from capjax.mesh import BATCH, out_sharding
 from capjax.objectives.metrics import reduce_metrics
 from capjax.objectives.objective import Loss
-from capjax.training.state import TrainState
+from capjax.training.patterns import stop_gradients
+from capjax.training.state import TrainState, update_ema
 
 
 def make_train_step(
@@ -22,6 +24,8 @@ def make_train_step(
     *,
     learning_rate: Callable | None = None,
     accumulation_steps: int = 1,
+    freeze: Sequence[str] = (),
+    ema_decay: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The jitted step (state, batch) -> (state, metrics). The old state's buffers are donated.
 
@@ -35,19 +39,28 @@ def make_train_step(
     microbatches, and the gradient is that of the whole batch. Where rows meet (`loss.across`) they
     are walked through twice: for the embeddings, whose gradient is then known for the whole batch,
     and for the parameters' gradient, into which that goes (GradCache, Gao et al. 2021).
+
+    Parameters that a pattern of `freeze` matches take no part in the backward pass; `tx` must leave
+    them alone. A state that keeps an average of the parameters has it updated with `ema_decay`.
     """
+
+    if freeze:
+        loss = _held(loss, freeze)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         value, metrics, grads = _gradients(loss, state.params, batch, key, accumulation_steps)
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params: Any = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema is not None:
+            ema = update_ema(ema, params, ema_decay, state.step)
         is_finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
-        params, opt_state = jax.tree.map(
+        params, opt_state, ema = jax.tree.map(
             lambda new, old: jnp.where(is_finite, new, old),
-            (params, opt_state),
-            (state.params, state.opt_state),
+            (params, opt_state, ema),
+            (state.params, state.opt_state, state.ema),
         )
         metrics = metrics | {
             "loss": value,
@@ -57,9 +70,19 @@ def make_train_step(
         }
         if learning_rate is not None:
             metrics["learning_rate"] = jnp.asarray(learning_rate(state.step), jnp.float32)
-        return TrainState(state.step + 1, params, opt_state, state.key), metrics
+        return TrainState(state.step + 1, params, opt_state, state.key, ema), metrics
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def _held(loss: Loss, freeze: Sequence[str]) -> Loss:
+    """`loss` without gradients of the parameters that a pattern matches."""
+
+    def held(function):
+        return lambda params, *rest: function(stop_gradients(params, freeze), *rest)
+
+    across = None if loss.across is None else held(loss.across)
+    return loss._replace(rows=held(loss.rows), across=across)
 
 
 def _gradients(loss: Loss, params: Params, batch: Batch, key: PRNGKeyArray, steps: int):
@@ -133,6 +156,5 @@ def _join(x: Array, together: int) -> Array:
 
 
 def _reshape(x: Array, shape: tuple[int, ...], batch_axis: int) -> Array:
-    axes = [None] * len(shape)
-    axes[batch_axis] = BATCH
-    return jnp.reshape(x, shape, out_sharding=out_sharding(P(*axes)))
+    spec = P(*(None,) * batch_axis, BATCH, *(None,) * (len(shape) - batch_axis - 1))
+    return jnp.reshape(x, shape, out_sharding=out_sharding(spec))

@@ -1,4 +1,4 @@
-"""Every shipped config: what it resolves to, what it says of itself, and two steps of it, shrunk."""
+"""Every shipped config: what it resolves to, what it says of itself, and two shrunk steps."""
 
 import ast
 import re
@@ -10,7 +10,7 @@ import pytest
 
 from capjax.commands import build, settings
 from capjax.commands.models import build_objectives, build_towers
-from capjax.commands.train import train_run
+from capjax.commands.train import first_state, train_run
 from capjax.mesh import place_batch
 from capjax.training.workdir import open_workdir
 
@@ -86,7 +86,7 @@ def two_steps(config, workdir: Path):
     plan = build.build_run(config, str(workdir))
     losses = []
     with jax.set_mesh(plan.mesh), build.training_batches(plan, 0) as batches:
-        state = jax.jit(plan.init_state)()
+        state = first_state(plan, print)
         before = jax.device_get(state.params)
         for _ in range(2):
             batch = place_batch(plan.mesh, next(batches))

@@ -78,7 +78,7 @@ def run_directory(tmp_path_factory):
     config = dataclasses.replace(CONFIG, vocab_size=tokenizer.vocab_size)
     preprocessing = ImagePreprocessing(image_size=config.image_size, mode="pad")
     run = RunInfo(
-        config={"model": dataclasses.asdict(config), "seed": 5},
+        config={"model": {"captioner": dataclasses.asdict(config)}, "seed": 5},
         preprocessing=dataclasses.asdict(preprocessing),
         tokenizer_model=tokenizer.model_bytes,
     )
