@@ -5,7 +5,7 @@ A variable's suffix names its axes: `patches_BPD`, `tokens_BL`, `logits_BLV`.
     B  batch (global, unless a docstring says otherwise)
     H  image height     W  image width     C  image channels
     P  patches (the encoder's sequence)
-    L  text length      S  keys attended to (text or patches)
+    L  text length      S  keys attended to (text or patches)    T  texts of a batch
     D  encoder width    E  decoder width   F  hidden width of an MLP
     N  attention heads  K  width of one head
     V  vocabulary, padded to a multiple of 128 inside the model

@@ -98,27 +98,45 @@ def test_pre_norm_forgets_the_scale_of_what_is_embedded(params, images):
     assert np.abs(plain.encode(without(params, "pre_norm"), images) - want).max() > 0.1
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [{"activation": "gelu"}, {"activation": "quick_gelu"}, {"norm_eps": 0.1}],
-    ids=str,
-)
-@pytest.mark.parametrize("part", ["image", "pooled", "text"])
-def test_numerics_reach_every_tower(fields, part, images):
-    """Of small parameters the outputs differ a little, of the same ones not at all."""
-    base, other = make(pool="map"), make(pool="map", **fields)
+def outputs(model, params, images):
+    """Of the three towers, the pooling head reading a memory that no encoder has been at."""
+    memory = images.reshape(3, 12, 16)
+    text = model.embed_text(params, jnp.array([[2, 3, 1], [4, 5, 1], [6, 7, 1]]))
+    return model.encode(params, images)[:, 0], model.pooled(params, memory), text
+
+
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+def test_activations_reach_every_tower(activation, images):
+    base, other = make(pool="map"), make(pool="map", activation=activation)
     params = base.init(jax.random.key(2))
+    for x, y in zip(outputs(base, params, images), outputs(other, params, images), strict=True):
+        assert 1e-6 < np.abs(x - y).max() < 0.5
 
-    def output(model):
-        if part == "text":
-            return model.embed_text(params, jnp.array([[2, 3, 1]]))
-        # Pooling of a fixed memory, so that the head alone can make the difference.
-        return (
-            model.encode(params, images) if part == "image" else model.pooled(params, images[:, 0])
-        )
 
-    images = images.reshape(3, 4, 3, 16) if part == "pooled" else images
-    assert 1e-6 < np.abs(output(base) - output(other)).max() < 0.5
+def test_eps_reaches_every_norm(images):
+    """A very large one leaves of each LayerNorm its bias, as a scale of zero does."""
+    fields = {"pool": "map", "pre_norm": True, "qk_norm": True}
+    params = make(**fields).init(jax.random.key(2))
+    noise = jax.random.key(1)
+    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(noise, x.shape), params)
+
+    def without_scale(path, x):
+        return 0 * x if path[-1].key == "scale" else x
+
+    def states(model, params):
+        """What the final norms of image and text are given, and what the three towers give."""
+        module, given = model.module(params), []
+        for tower in (module.encoder, module.text_encoder):
+            tower.norm = lambda x, norm=tower.norm: norm(given.append(x) or x)
+        module.encoder(images)
+        module.text_encoder(jnp.array([[2, 3, 1]]))
+        return *given, *outputs(model, params, images)
+
+    found = states(make(norm_eps=1e30, **fields), params)
+    want = states(make(**fields), jax.tree.map_with_path(without_scale, params))
+    assert len(found) == 5
+    for x, y in zip(found, want, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
 def test_qk_norm_has_scales(params):
