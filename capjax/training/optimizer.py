@@ -135,8 +135,9 @@ def make_optimizer(
 ) -> tuple[optax.GradientTransformation, Schedule]:
     """The optimizer of a nested dict of parameters, and the schedule that it follows.
 
-    `params` are those of the model without what pads them (`PureModel.unpadded_params`): means over
-    an axis need its true size, and patterns that match nothing raise `UserError` here already.
+    `params` are those of the model without what pads them (`PureModel.unpadded_params`): by their
+    sizes a moment is factored or not, and a matrix's root mean square taken. Patterns that match
+    nothing raise `UserError` here already.
     """
     schedule = learning_rate_schedule(config, total_steps)
     used = {name: x.shape for name, x in by_name(params or {}).items()}

@@ -8,7 +8,7 @@ import pytest
 
 from capjax.errors import UserError
 from capjax.training.optimizer import OptimizerConfig, make_optimizer
-from capjax.training.patterns import by_name, matching
+from capjax.training.patterns import by_name, matching, stop_gradients
 from capjax.training.rates import rate_factors
 
 NAMES = {
@@ -115,3 +115,17 @@ def test_frozen_gradients_are_not_in_the_norm_that_is_clipped():
     _, state = tx.update(gradients, tx.init(PARAMS), PARAMS)
     for moment in optax.tree.get(state, "mu").values():
         np.testing.assert_allclose(moment, 1e-3, rtol=1e-5)
+
+
+def test_no_gradient_is_computed_for_what_is_frozen():
+    def loss(params):
+        held = stop_gradients(params, ("encoder/.*",))
+        return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(held))
+
+    for name, gradient in jax.grad(loss)(PARAMS).items():
+        expected = 0.0 if name.startswith("encoder/") else np.cos(1.0)
+        np.testing.assert_allclose(gradient, expected, rtol=1e-6)
+    assert "cos" in str(jax.make_jaxpr(jax.grad(loss))(PARAMS))
+    encoder = {name: x for name, x in PARAMS.items() if name.startswith("encoder/")}
+    jaxpr = jax.make_jaxpr(jax.grad(lambda part: loss(PARAMS | part)))(encoder)
+    assert "cos" not in str(jaxpr)
