@@ -5,7 +5,7 @@ big_vision's `models/proj/cappa/cappa.py`.
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -145,14 +145,15 @@ class Captioner(PureModel):
         params: Params,
         tokens_BL: Int[Array, "B L"],
         memory_BPD: Float[Array, "B P D"],
-        is_parallel_B: Bool[Array, " B"] | None = None,
+        is_parallel_B: Bool[Array, " B"] | Literal[True] | None = None,
     ) -> Float[Array, "B L E"]:
         """The decoder's states after its final LayerNorm.
 
         Args:
           tokens_BL: decoder inputs: labels shifted right behind a 0, or `mask_id` everywhere. With
             `mask_padding` the zeros after the first are the padding.
-          is_parallel_B: examples whose positions all see each other; None: all are causal.
+          is_parallel_B: examples whose positions all see each other; None: all are causal; True:
+            all are parallel, which spares the mask.
         """
         length = tokens_BL.shape[1]
         self._check_length(length)

@@ -3,7 +3,7 @@
 The memory is what an encoder made of an image: its patches, and what stands beside them.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -149,13 +149,14 @@ class TextDecoder(nnx.Module):
         self,
         tokens_BL: Int[Array, "B L"],
         memory_BPD: Float[Array, "B P D"],
-        is_parallel_B: Bool[Array, " B"] | None,
+        is_parallel_B: Bool[Array, " B"] | Literal[True] | None,
         is_padding_BL: Bool[Array, "B L"] | None = None,
     ) -> Float[Array, "B L E"]:
         """Hidden states after the final LayerNorm; for the masks see `attention_bias`."""
         is_causal = is_parallel_B is None and is_padding_BL is None
-        length = tokens_BL.shape[1]
-        bias_B1LL = None if is_causal else attention_bias(length, is_parallel_B, is_padding_BL)
+        bias_B1LL = None
+        if not is_causal and is_parallel_B is not True:
+            bias_B1LL = attention_bias(tokens_BL.shape[1], is_parallel_B, is_padding_BL)
         x_BLE = run_stack(
             lambda x_BLE, block: block(x_BLE, memory_BPD, bias_B1LL, is_causal=is_causal),
             self.embed(tokens_BL, memory_BPD.dtype),

@@ -143,7 +143,7 @@ def _hidden(
     def parallel(inputs_RL, memory_RPD):
         if rows.is_masked_RL is None:
             return model.parallel_hidden(params, memory_RPD, inputs_RL.shape[1])
-        return model.hidden(params, inputs_RL, memory_RPD, jnp.ones_like(inputs_RL[:, 0], bool))
+        return model.hidden(params, inputs_RL, memory_RPD, True)
 
     if not objective.is_mixed:
         return (parallel if objective.parallel_fraction else causal)(inputs_RL, memory_RPD)
