@@ -70,7 +70,7 @@ def tracked_text() -> dict[str, str]:
 
 
 def unsafe_calls(tree: ast.Module) -> list[int]:
-    """Lines that could run code hidden in data: torch.load, allow_pickle=, eval and exec."""
+    """Lines that could run code hidden in data: torch.load unless of weights only, eval, …"""
     lines = []
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
@@ -82,7 +82,11 @@ def unsafe_calls(tree: ast.Module) -> list[int]:
             if keyword.arg == "allow_pickle"
             and not (isinstance(keyword.value, ast.Constant) and keyword.value.value is False)
         ]
-        if called in ("torch.load", "eval", "exec") or pickles:
+        is_plain = any(
+            keyword.arg == "weights_only" and ast.unparse(keyword.value) == "True"
+            for keyword in node.keywords
+        )
+        if called in ("eval", "exec") or (called == "torch.load" and not is_plain) or pickles:
             lines.append(node.lineno)
     return lines
 
@@ -95,9 +99,15 @@ def test_data_never_runs_code():
 
 def test_the_check_above_sees_what_it_should():
     assert roots(imports(ast.walk(ast.parse("def f():\n    from pickle import loads")))) & PICKLES
-    for line in ("np.load(f, allow_pickle=True)", "torch.load(f)", "eval(x)", "g(allow_pickle=p)"):
+    for line in (
+        "np.load(f, allow_pickle=True)",
+        "torch.load(f, weights_only=w)",
+        "eval(x)",
+        "g(allow_pickle=p)",
+    ):
         assert unsafe_calls(ast.parse(line)) == [1]
     assert not unsafe_calls(ast.parse("np.load(f, allow_pickle=False); ast.literal_eval(x)"))
+    assert not unsafe_calls(ast.parse("torch.load(f, weights_only=True)"))
 
 
 def test_only_commands_know_the_config_and_only_models_know_nnx():

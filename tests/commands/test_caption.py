@@ -37,7 +37,7 @@ def run_directory(tmp_path_factory):
     head["kernel"] = jax.random.normal(jax.random.key(1), head["kernel"].shape)
     head["bias"] = head["bias"].at[EOS_ID].set(2.0)
     run = RunInfo(
-        config={"model": dataclasses.asdict(config)},
+        config={"model": {"captioner": dataclasses.asdict(config)}},
         preprocessing=dataclasses.asdict(ImagePreprocessing(image_size=16)),
         tokenizer_model=tokenizer.model_bytes,
     )

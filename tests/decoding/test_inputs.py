@@ -84,7 +84,7 @@ def test_read_ahead_raises_in_turn_and_leaves_no_thread():
     deadline = time.monotonic() + 10
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert threading.active_count() == before
+    assert threading.active_count() <= before  # threads of earlier tests may end meanwhile
 
 
 @pytest.mark.parametrize(
