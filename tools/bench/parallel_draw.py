@@ -65,7 +65,7 @@ def gflops(args: argparse.Namespace, draw: str, tx, batch) -> float:
     """Of one step, the output layer's loop over chunks of tokens counted in full."""
     model = captioner(args, scan=False)
     state = jax.eval_shape(functools.partial(init_state, model.init, tx, 0))
-    lowered = train_step(model, draw, tx).lower(state, batch)
+    lowered = jax.jit(train_step(model, draw, tx)).lower(state, batch)
     counted = (lowered.cost_analysis() or {})["flops"]
     tokens = args.batch_size * args.text_length
     head = 3 * 2 * tokens * model.config.decoder_width * pad_to_lanes(args.vocab_size)
