@@ -67,9 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     options.add_argument(
         "--tokenizer",
-        metavar="FILE.model",
-        help="a SentencePiece model to store beside the weights: without it a checkpoint has no "
-        "captions",
+        metavar="FILE",
+        help="to store beside the weights, which have no captions without it: a SentencePiece "
+        ".model, or a Hugging Face tokenizer.json",
     )
 
 

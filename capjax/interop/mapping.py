@@ -63,7 +63,7 @@ class Weights(NamedTuple):
       params: float32, on the host; of an image encoder {"encoder"} and perhaps {"image_head"}.
       notes: a line for each thing that was left out or changed on the way.
       preprocessing: fields of `data.images.ImagePreprocessing` that the files tell.
-      tokenizer_model: SentencePiece, where the files have one.
+      tokenizer_model: of a `data.tokenizer.Tokenizer`, where the files have one.
     """
 
     model: str

@@ -69,7 +69,8 @@ def _choose(model: str | None, stored: tuple[str, ...]) -> str:
         return stored[0]
     choices = tuple(dict.fromkeys((*stored, IMAGE_ENCODER)))
     if model not in choices:
-        raise UserError(f"model={model}: the checkpoint has several, choose one of {choices}")
+        problem = "several models" if model is None else f"no model={model}"
+        raise UserError(f"the checkpoint has {problem}: choose model from {choices}")
     return model
 
 

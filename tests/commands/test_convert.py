@@ -165,7 +165,11 @@ def test_one_model_of_several(model, run_of_several, tmp_path, capsys):
 def test_which_of_several_must_be_said(run_of_several, tmp_path, capsys):
     path, _ = run_of_several
     error = convert(capsys, f"--input={path}", f"--output={tmp_path / 'x.npz'}", status=2)
-    assert "several" in error and "('captioner', 'two_towers', 'image_encoder')" in error
+    assert "several models: choose model from ('captioner', 'two_towers', 'image_encoder')" in error
+    error = convert(
+        capsys, f"--input={path}", f"--output={tmp_path / 'x.npz'}", "--model=coca", status=2
+    )
+    assert "the checkpoint has no model=coca: choose model from ('captioner'," in error
     assert not list(tmp_path.glob("x*"))
 
 
