@@ -46,7 +46,7 @@ class Tokenizer:
     @classmethod
     def from_bytes(cls, model_bytes: bytes) -> "Tokenizer":
         """From a serialized SentencePiece model, or a `tokenizer.json` of Hugging Face's."""
-        if not model_bytes.lstrip().startswith(b"{"):
+        if not model_bytes.startswith(b"{"):
             return cls(model_bytes)
         from capjax.data.huggingface_tokenizer import HuggingFaceTokenizer
 

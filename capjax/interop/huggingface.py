@@ -124,7 +124,7 @@ def read(path: str | Path, **fields: Any) -> Weights:
         _table(kind, config, shapes), arrays, shapes, f"a {_NAMES[kind]} as config.json says"
     )
     what = "image_encoder" if kind == "vit" else "two_towers"
-    tokenizer = _tokenizer_model(directory)
+    tokenizer = b"" if kind == "vit" else _tokenizer_model(directory, notes)
     return Weights(what, config, params, tuple(notes), preprocessing, tokenizer)
 
 
@@ -149,7 +149,8 @@ def write(path: str | Path, weights: Weights) -> None:
     for name, content in files.items():
         (directory / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     if weights.tokenizer_model:
-        (directory / "spiece.model").write_bytes(weights.tokenizer_model)
+        name = "tokenizer.json" if weights.tokenizer_model[:1] == b"{" else "spiece.model"
+        (directory / name).write_bytes(weights.tokenizer_model)
 
 
 def _kind_of(weights: Weights) -> str:
@@ -264,7 +265,12 @@ def _to_form_of_theirs(arrays: FlatArrays, kind: str) -> None:
             arrays[f"{_PACKED}_{leaf}"] = np.concatenate(parts)
 
 
-def _tokenizer_model(directory: Path) -> bytes:
-    """The SentencePiece model of a directory, if it is one that we read."""
-    path = directory / "spiece.model"
-    return Tokenizer.from_file(path).model_bytes if path.exists() else b""
+def _tokenizer_model(directory: Path, notes: list[str]) -> bytes:
+    """The tokenizer of a directory, if it has one that we read."""
+    for name in ("spiece.model", "tokenizer.json"):
+        if (directory / name).exists():
+            try:
+                return Tokenizer.from_file(directory / name).model_bytes
+            except UserError as error:
+                notes.append(f"without its tokenizer: {error}")
+    return b""

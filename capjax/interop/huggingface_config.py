@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from capjax.data.tokenizer import PAD_ID
 from capjax.errors import UserError
 from capjax.interop.tensor_files import read_json
 from capjax.models.image_encoder import ImageEncoderConfig
@@ -48,6 +49,7 @@ _SIGLIP_TEXT: Fields = {
     "max_position_embeddings": 64,
     "pad_token_id": 1,
 }
+_GEMMA_TOKENS = 256_000
 # What each class takes for what its file does not say, of images and of text.
 _DEFAULTS: dict[str, tuple[Fields, Fields]] = {
     "clip": (_CLIP, _CLIP_TEXT),
@@ -102,7 +104,7 @@ def read_config(directory: Path, image_size: int | None = None) -> tuple[str, Fi
             kind
         ]
     size = text.get("projection_size") or text["hidden_size"]
-    fields |= {"text_pad_id": text["pad_token_id"], "embedding_dim": size}
+    fields |= {"text_pad_id": _pad_id(directory, text), "embedding_dim": size}
     return kind, fields | ARCHITECTURES["siglip"]
 
 
@@ -181,6 +183,24 @@ def _square(image: Mapping[str, Any], name: str) -> int:
     if len(sides) != 1:
         raise UserError(f"config.json: {name}={size}: expected a square")
     return sides.pop()
+
+
+def _pad_id(directory: Path, text: Mapping[str, Any]) -> int:
+    """The token that fills texts up: the end of text in SigLIP, one of its own in SigLIP 2.
+
+    transformers writes 1 as `pad_token_id` for both, so what the tokenizer's file says counts more;
+    where there is none, Gemma's vocabulary tells SigLIP 2.
+    """
+    path = directory / "tokenizer_config.json"
+    found = read_json(path) if path.exists() else {}
+    pad, end = (_content(found.get(f"{name}_token")) for name in ("pad", "eos"))
+    if pad and end:
+        return _SIGLIP_TEXT["pad_token_id"] if pad == end else PAD_ID
+    return PAD_ID if text["vocab_size"] == _GEMMA_TOKENS else text["pad_token_id"]
+
+
+def _content(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _fixed_size(image: Mapping[str, Any], image_size: int | None) -> int:

@@ -25,6 +25,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "clip": {"resample": 3, "do_center_crop": True}
     | {"image_mean": OPENAI_MEAN, "image_std": OPENAI_STD},
     "siglip": {"resample": 3, "image_mean": (0.5,) * 3, "image_std": (0.5,) * 3},
+    "siglip2": {"resample": 2, "image_mean": (0.5,) * 3, "image_std": (0.5,) * 3},
     "vit": {"resample": 2, "image_mean": (0.5,) * 3, "image_std": (0.5,) * 3},
 }
 _ALWAYS: dict[str, Any] = {
@@ -43,7 +44,6 @@ def read_preprocessing(
     Returns the fields of `ImagePreprocessing`, those of the model's configuration (`image_mean`,
     `image_std`), and a note where no file says it. Raises `UserError` for what we do not do.
     """
-    kind = "siglip" if kind == "siglip2" else kind
     found, notes = _read(directory)
     found = _ALWAYS | _DEFAULTS[kind] | found
     for name in ("do_resize", "do_rescale"):
