@@ -325,13 +325,13 @@ def test_preprocessing_modes():
 
 @pytest.mark.parametrize("antialias", [True, False])
 def test_crop_is_the_centre_of_the_whole_image_resized(antialias):
-    image = np.random.default_rng(0).integers(0, 256, (31, 75, 3)).astype(np.uint8)
-    whole = images.resize(image, (20, 48), antialias)  # 20 * 75 / 31 = 48.4 columns
+    image = np.random.default_rng(0).integers(0, 256, (31, 77, 3)).astype(np.uint8)
+    whole = images.resize(image, (20, 49), antialias)  # 20 * 77 / 31 = 49.7 columns
     crop = ImagePreprocessing(20, antialias, "crop")
     np.testing.assert_array_equal(crop.preprocess(image), whole[:, 14:34])
     np.testing.assert_array_equal(
         crop.preprocess(image.transpose(1, 0, 2)),
-        images.resize(image.transpose(1, 0, 2), (48, 20), antialias)[14:34],
+        images.resize(image.transpose(1, 0, 2), (49, 20), antialias)[14:34],
     )
     # 17 columns for 8: an odd rest of 9, whose lesser half lies left.
     plain = np.arange(8 * 17 * 3, dtype=np.uint8).reshape(8, 17, 3)

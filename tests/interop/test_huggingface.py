@@ -129,5 +129,8 @@ def test_what_a_file_leaves_out_is_the_classs_default(kind, libraries, tmp_path)
     sparse.mkdir()
     (sparse / "config.json").write_text(json.dumps({"model_type": kind}))
     name = {"clip": "CLIP", "siglip": "Siglip", "vit": "ViT"}[kind]
-    getattr(libraries.transformers, f"{name}Config")().save_pretrained(full)
+    config = getattr(libraries.transformers, f"{name}Config")()
+    config.save_pretrained(full)
     assert read_config(sparse) == read_config(full)
+    eps = getattr(config, "vision_config", config).layer_norm_eps
+    assert read_config(sparse)[1]["norm_eps"] == eps

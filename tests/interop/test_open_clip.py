@@ -187,6 +187,17 @@ def test_settings_travel_with_the_weights(safetensors, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again.params, weights.params)
 
 
+def test_the_bias_of_patches_is_written_into_their_positions(safetensors, tmp_path):
+    weights = clip()
+    weights.params["encoder"]["patch_embedding"]["bias"][:] = np.arange(12)
+    open_clip.write(tmp_path, weights)
+    again = open_clip.read(tmp_path)
+    assert not again.params["encoder"]["patch_embedding"]["bias"].any()
+    inputs = huggingface_compare.parity_inputs(weights)
+    wanted = activations(weights, *inputs)
+    assert len(activation_lines(activations(again, *inputs), wanted, "before")) == 5
+
+
 def test_a_files_own_preprocessing_and_heads_are_openais(safetensors, tmp_path):
     open_clip.write(tmp_path, clip(width=64, embedding_dim=8, text_width=128, text_num_heads=2))
     weights = open_clip.read(tmp_path / "open_clip_model.safetensors")
