@@ -327,9 +327,11 @@ def load(path: str | os.PathLike, step: int | None = None, mesh: Mesh | None = N
     loaded = load_params(path)
     config = loaded.metadata["config"]
     try:
-        towers = towers_from_dict(config["model"])
+        # Trained with an attention that this machine may lack; all of them compute the same.
+        kinds = {kind: fields | {"attention": "auto"} for kind, fields in config["model"].items()}
+        towers = towers_from_dict(kinds)
         preprocessing = ImagePreprocessing(**loaded.metadata["preprocessing"])
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise UserError(
             f"the checkpoint {path} does not describe a model of this version of capjax "
             f"({error}); it was written by capjax {loaded.metadata['versions'].get('capjax')}"

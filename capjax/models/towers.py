@@ -1,4 +1,4 @@
-"""The models of a run: a captioner, two towers or CoCa, over one set of parameters."""
+"""The models of a run or of converted weights, over one set of parameters."""
 
 import dataclasses
 from typing import Any
@@ -11,12 +11,14 @@ from capjax.models.captioner import Captioner, CaptionerConfig
 from capjax.models.coca import CoCa, CoCaConfig
 from capjax.models.functional import PureModel
 from capjax.models.image_encoder import ImageEncoderConfig, encoder_flops, normalize
+from capjax.models.image_tower import ImageTower
 from capjax.models.two_towers import TwoTowers, TwoTowersConfig
 
 KINDS: dict[str, tuple[type[Any], type[Any]]] = {
     "captioner": (Captioner, CaptionerConfig),
     "two_towers": (TwoTowers, TwoTowersConfig),
     "coca": (CoCa, CoCaConfig),
+    "image_encoder": (ImageTower, ImageEncoderConfig),
 }
 
 
@@ -24,24 +26,26 @@ KINDS: dict[str, tuple[type[Any], type[Any]]] = {
 class Towers:
     """One or more models; those that have an encoder in common read the same one.
 
-    The captioner and the two towers share `params["encoder"]`. CoCa has decoder and towers of its
-    own and stands alone. Raises `UserError` where the models do not go together.
+    The captioner and the two towers share `params["encoder"]`. CoCa, which has decoder and towers
+    of its own, and an image encoder without either stand alone. Raises `UserError` where the models
+    do not go together.
     """
 
     captioner: Captioner | None = None
     two_towers: TwoTowers | None = None
     coca: CoCa | None = None
+    image_encoder: ImageTower | None = None
 
     def __post_init__(self):
         if not self.models:
             raise UserError("no model: give an objective a weight above 0")
-        if self.coca is not None and len(self.models) > 1:
-            raise UserError("CoCa has its own decoder and contrastive towers: it stands alone")
+        if (self.coca or self.image_encoder) and len(self.models) > 1:
+            raise UserError("CoCa and a mere image encoder go with no other model")
         first, *others = (self._encoder_fields(model) for model in self.models)
         for fields in others:
             wrong = {name for name in first if first[name] != fields[name]}
             if wrong:
-                raise UserError(f"models with one image encoder differ in {', '.join(wrong)}")
+                raise UserError(f"models with one image encoder differ in {', '.join(sorted(wrong))}")
 
     @staticmethod
     def _encoder_fields(model: PureModel) -> dict[str, Any]:
