@@ -70,7 +70,7 @@ def build_run(config: ConfigDict, workdir: str) -> Plan:
     splits = open_splits(config)
     kept = epath.Path(workdir).expanduser() / "tokenizer.model"
     tokenizer = build_tokenizer(config, source, kept)
-    towers = build_towers(config, objectives, tokenizer.vocab_size)
+    towers = build_towers(config, objectives, tokenizer.vocab_size, tokenizer.eos_id)
     optimizer, total_steps = build_optimizer(config, len(source) if source else None)
     tx, learning_rate = make_optimizer(optimizer, total_steps, towers.unpadded_params())
     loss = combined_loss(towers, objectives, config.captions.per_image)

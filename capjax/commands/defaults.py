@@ -41,7 +41,15 @@ def default_config() -> ConfigDict:
     # Sources of captions that are used (none: all), with weights (none: equal ones); captions
     # drawn for each image.
     config.captions = ConfigDict({"sources": (), "weights": (), "lower": True, "per_image": 1})
-    config.preprocessing = ConfigDict({"image_size": 224, "antialias": True, "mode": "stretch"})
+    config.preprocessing = ConfigDict(
+        {
+            "image_size": 224,
+            "antialias": True,
+            "mode": "stretch",
+            "resample": "bilinear",
+            "resize_to": 0,
+        }
+    )
     config.augment = ConfigDict(
         {
             "crop_scale": (1.0, 1.0),

@@ -6,6 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from capjax.commands.settings import from_dataclass_kwargs
+from capjax.data.tokenizer import EOS_ID
 from capjax.errors import UserError, did_you_mean
 from capjax.models.presets import variant
 from capjax.models.towers import KINDS, Towers
@@ -20,16 +21,25 @@ def build_objectives(config: ConfigDict) -> Objectives:
     return from_dataclass_kwargs(Objectives, config.objective, "objective")
 
 
-def build_towers(config: ConfigDict, objectives: Objectives, vocab_size: int) -> Towers:
+def build_towers(
+    config: ConfigDict, objectives: Objectives, vocab_size: int, eos_id: int = EOS_ID
+) -> Towers:
     """The models that the objectives need.
 
-    Sizes that follow from the data are taken from there, not from the section `model`. Raises
-    `UserError`.
+    What follows from the data and the tokenizer is taken from there, not from the section `model`.
+    Raises `UserError`.
     """
+    if eos_id != EOS_ID and (objectives.captioning.weight or objectives.coca.weight):
+        raise UserError(
+            f"the tokenizer ends a text with token {eos_id}; captions need one that ends with "
+            f"{EOS_ID} and pads with 0, as those that capjax trains do"
+        )
     fields = model_fields(config) | {
         "image_size": config.preprocessing.image_size,
         "text_length": config.data.text_length,
         "vocab_size": vocab_size,
+        "eos_id": eos_id,
+        "text_pad_id": eos_id,
         "mask_token": objectives.captioning.parallel_fraction > 0,
     }
     known = {kind: {f.name for f in dataclasses.fields(KINDS[kind][1])} for kind in KINDS}

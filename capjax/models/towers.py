@@ -45,7 +45,9 @@ class Towers:
         for fields in others:
             wrong = {name for name in first if first[name] != fields[name]}
             if wrong:
-                raise UserError(f"models with one image encoder differ in {', '.join(sorted(wrong))}")
+                raise UserError(
+                    f"models with one image encoder differ in {', '.join(sorted(wrong))}"
+                )
 
     @staticmethod
     def _encoder_fields(model: PureModel) -> dict[str, Any]:
