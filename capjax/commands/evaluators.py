@@ -15,7 +15,7 @@ from capjax.evaluation.likelihood import evaluate_likelihood
 from capjax.evaluation.retrieval import evaluate_retrieval
 from capjax.evaluation.splits import caption_split, write_captions
 from capjax.models.towers import Towers
-from capjax.objectives.combined import ContrastiveObjective
+from capjax.objectives.contrastive import ContrastiveObjective
 from capjax.training.loop import Evaluator
 
 

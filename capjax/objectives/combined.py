@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from capjax.dims import Array, Float, Int, Metrics, Params
+from capjax.dims import Array, Int, Metrics, Params
 from capjax.errors import UserError
 from capjax.mesh import act_BL, act_BLD, out_sharding
 from capjax.models.towers import Towers
@@ -16,47 +16,8 @@ from capjax.objectives.captioning import (
     captioning_rows,
 )
 from capjax.objectives.coca import CoCaObjective, coca_prepare, coca_rows
-from capjax.objectives.contrastive import clamped, sigmoid_loss, softmax_loss
+from capjax.objectives.contrastive import ContrastiveObjective, contrastive_loss, softmax_loss
 from capjax.objectives.objective import Loss
-
-
-@dataclasses.dataclass(frozen=True)
-class ContrastiveObjective:
-    """Images and their captions, against all other captions and images of the global batch.
-
-    Attributes:
-      weight: of this loss in the sum; 0 leaves it out.
-      kind: "sigmoid" (SigLIP, Zhai et al. 2023) or "softmax" (CLIP, Radford et al. 2021).
-      chunked: never holds the matrix of all pairs; the same value and gradient.
-      chunk_size: rows of a chunk; 0 chooses.
-      label_smoothing: of the softmax.
-      max_logit_scale: the factor on the cosines is held below this; 0 does not hold it. CLIP: 100.
-    """
-
-    weight: float = 0.0
-    kind: str = "sigmoid"
-    chunked: bool = True
-    chunk_size: int = 0
-    label_smoothing: float = 0.0
-    max_logit_scale: float = 0.0
-
-    def __post_init__(self):
-        if self.kind not in ("sigmoid", "softmax"):
-            raise UserError(f"objective.contrastive.kind={self.kind!r}: choose sigmoid or softmax")
-        for name in ("weight", "chunk_size", "max_logit_scale"):
-            if getattr(self, name) < 0:
-                value = getattr(self, name)
-                raise UserError(f"objective.contrastive.{name}={value}: expected 0 or more")
-        if not 0 <= self.label_smoothing < 1:
-            raise UserError(
-                f"objective.contrastive.label_smoothing={self.label_smoothing}: expected 0 to less "
-                "than 1"
-            )
-        if self.label_smoothing and self.kind == "sigmoid":
-            raise UserError(
-                "objective.contrastive.label_smoothing is of the softmax: set it to 0, or "
-                "objective.contrastive.kind=softmax"
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +86,9 @@ def combined_loss(towers: Towers, objectives: Objectives, captions_per_image: in
                 embeddings["image"], embeddings["text"], scale, chunked=coca.chunked
             )
             return coca.weight * coca.contrastive_weight * loss, _named(metrics, loss)
-        loss, metrics = pair_loss(contrastive, embeddings, scale, bias)
+        loss, metrics = contrastive_loss(
+            contrastive, embeddings["image"], embeddings["text"], scale, bias
+        )
         return contrastive.weight * loss, _named(metrics, loss)
 
     def prepare(batch, key):
@@ -153,20 +116,6 @@ def embed_pairs(
     text_TD = towers.embed_text(params, tokens_TL)
     text_BKD = text_TD.reshape((B, K, text_TD.shape[-1]), out_sharding=out_sharding(act_BLD))
     return {"image": towers.embed_image(params, memory_BSD), "text": text_BKD}
-
-
-def pair_loss(
-    objective: ContrastiveObjective, embeddings: dict[str, Array], scale: Array, bias: Array | float
-) -> tuple[Float[Array, ""], Metrics]:
-    """(loss, metrics) of embeddings as `embed_pairs` gives them."""
-    if objective.max_logit_scale:
-        scale = clamped(scale, objective.max_logit_scale)
-    image_BD, text_BKD = embeddings["image"], embeddings["text"]
-    chunks = {"chunked": objective.chunked, "chunk_size": objective.chunk_size}
-    if objective.kind == "sigmoid":
-        return sigmoid_loss(image_BD, text_BKD, scale, bias, **chunks)
-    smoothing = objective.label_smoothing
-    return softmax_loss(image_BD, text_BKD, scale, label_smoothing=smoothing, **chunks)
 
 
 def _named(metrics: Metrics, loss: Array) -> Metrics:

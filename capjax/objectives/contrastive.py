@@ -13,6 +13,7 @@ Image-Text-Label Space" (2022).
 Letters: B images (global), K captions an image, C the images again where their captions are meant.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -26,6 +27,62 @@ from capjax.objectives.contrastive_chunked import Best, Normalizers, normalizers
 
 # Rows and columns of a tile: products large enough to be fast, 4 MB of float32 a tile.
 TILE = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class ContrastiveObjective:
+    """Images and their captions, against all other captions and images of the global batch.
+
+    Attributes:
+      weight: of this loss in the sum; 0 leaves it out.
+      kind: "sigmoid" (SigLIP, Zhai et al. 2023) or "softmax" (CLIP, Radford et al. 2021).
+      chunked: never holds the matrix of all pairs; the same value and gradient.
+      chunk_size: rows of a chunk; 0 chooses.
+      label_smoothing: of the softmax.
+      max_logit_scale: the factor on the cosines is held below this; 0 does not hold it. CLIP: 100.
+    """
+
+    weight: float = 0.0
+    kind: str = "sigmoid"
+    chunked: bool = True
+    chunk_size: int = 0
+    label_smoothing: float = 0.0
+    max_logit_scale: float = 0.0
+
+    def __post_init__(self):
+        if self.kind not in ("sigmoid", "softmax"):
+            raise UserError(f"objective.contrastive.kind={self.kind!r}: choose sigmoid or softmax")
+        for name in ("weight", "chunk_size", "max_logit_scale"):
+            if getattr(self, name) < 0:
+                value = getattr(self, name)
+                raise UserError(f"objective.contrastive.{name}={value}: expected 0 or more")
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(
+                f"objective.contrastive.label_smoothing={self.label_smoothing}: expected 0 to less "
+                "than 1"
+            )
+        if self.label_smoothing and self.kind == "sigmoid":
+            raise UserError(
+                "objective.contrastive.label_smoothing is of the softmax: set it to 0, or "
+                "objective.contrastive.kind=softmax"
+            )
+
+
+def contrastive_loss(
+    objective: ContrastiveObjective,
+    image_BD: Float[Array, "B D"],
+    text_BKD: Float[Array, "B K D"],
+    scale: Float[Array, ""],
+    bias: Float[Array, ""] | float,
+) -> tuple[Float[Array, ""], Metrics]:
+    """(loss, metrics) as the objective says, its weight left to the caller."""
+    if objective.max_logit_scale:
+        scale = clamped(scale, objective.max_logit_scale)
+    chunks: dict = {"chunked": objective.chunked, "chunk_size": objective.chunk_size}
+    if objective.kind == "sigmoid":
+        return sigmoid_loss(image_BD, text_BKD, scale, bias, **chunks)
+    smoothing = objective.label_smoothing
+    return softmax_loss(image_BD, text_BKD, scale, label_smoothing=smoothing, **chunks)
 
 
 def sigmoid_loss(

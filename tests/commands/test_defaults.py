@@ -13,7 +13,7 @@ from capjax.mesh import MeshShape
 from capjax.models.towers import KINDS
 from capjax.objectives.captioning_objective import CaptioningObjective
 from capjax.objectives.coca import CoCaObjective
-from capjax.objectives.combined import ContrastiveObjective
+from capjax.objectives.contrastive import ContrastiveObjective
 from capjax.training.optimizer import OptimizerConfig
 from capjax.training.warm_start import WarmStart
 

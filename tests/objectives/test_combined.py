@@ -16,7 +16,8 @@ from capjax.models.towers import Towers
 from capjax.models.two_towers import TwoTowers, TwoTowersConfig
 from capjax.objectives.captioning_objective import CaptioningObjective
 from capjax.objectives.coca import CoCaObjective
-from capjax.objectives.combined import ContrastiveObjective, Objectives, combined_loss
+from capjax.objectives.combined import Objectives, combined_loss
+from capjax.objectives.contrastive import ContrastiveObjective
 from capjax.training.state import init_state
 from capjax.training.step import make_train_step
 
