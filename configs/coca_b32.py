@@ -4,7 +4,9 @@ capjax train --config=coca_b32 --workdir=DIR --config.data.source=SOURCE \
     --config.data.tokenizer.path=FILE.model
 
 12 + 12 decoder layers of width 768, 256 pooled image tokens, the paper's cascade of poolers and
-its weights: 2 for captions, 1 for contrast. 341.02 M parameters, 134.2 GFLOP an image.
+its weights: 2 for captions, 1 for contrast. The recipe is that of the captioners, to compare with
+them: neither the paper's batch of 65,536 nor its 288 pixels in patches of 18.
+341.02 M parameters, 134.2 GFLOP an image.
 3 billion images are 4.0e20 FLOP: 1.4e3 chip-hours of a TPU v5e at 40 % of its peak.
 """
 
@@ -13,9 +15,8 @@ from ml_collections import ConfigDict
 from capjax.commands.defaults import paper_config
 
 
-def get_config(arg: str = "") -> ConfigDict:
-    """The config; `arg` is not used."""
-    del arg
+def get_config() -> ConfigDict:
+    """The config."""
     config = paper_config()
     config.name = "coca_b32"
     config.model.update(

@@ -8,9 +8,8 @@ from ml_collections import ConfigDict
 from capjax.commands.defaults import default_config
 
 
-def get_config(arg: str = "") -> ConfigDict:
-    """The quickstart; `arg` is not used."""
-    del arg
+def get_config() -> ConfigDict:
+    """The quickstart."""
     config = default_config()
     config.name = "emoji_quickstart"
     config.batch_size = 128

@@ -12,9 +12,8 @@ from ml_collections import ConfigDict
 from capjax.commands.defaults import paper_config
 
 
-def get_config(arg: str = "") -> ConfigDict:
-    """The config; `arg` is not used."""
-    del arg
+def get_config() -> ConfigDict:
+    """The config."""
     config = paper_config()
     config.name = "siglip_cappa_b16"
     config.model.update(variant="B/16", decoder_depth=6, text_variant="B", pool="map")

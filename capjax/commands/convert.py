@@ -75,6 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Converts, compares, and prints what was compared. Raises `UserError` and leaves no output."""
+    if args.input.startswith("~"):  # no shell does it behind "="
+        args.input = str(Path(args.input).expanduser())
     source = args.source or detect(args.input)
     target = args.target or ("big_vision" if args.output.endswith(".npz") else "capjax")
     _check_options(args, source, target)
@@ -90,9 +92,7 @@ def run(args: argparse.Namespace) -> None:
     _delete(partial)
     try:
         lines += _write(partial, weights, target, args.layout)
-        if output.exists():  # --overwrite was given
-            _delete(output)
-        partial.rename(output)
+        _put(partial, output)
     except OSError as error:
         raise UserError(f"--output={output}: {error.strerror or error}") from error
     finally:
@@ -127,7 +127,25 @@ def _read(args: argparse.Namespace, source: str, target: str) -> tuple[Any, list
         weights = weights._replace(preprocessing=preprocessing, notes=(*weights.notes, note))
     if args.tokenizer is not None:
         weights = weights._replace(tokenizer_model=_tokenizer(args.tokenizer, weights.config))
-    return weights, lines
+    return weights._replace(notes=(*weights.notes, *_losses(weights, target))), lines
+
+
+def _losses(weights: Any, target: str) -> list[str]:
+    """What the files of a format have no place for."""
+    from capjax.data.tokenizer import EOS_ID
+
+    notes = []
+    if target == "big_vision":
+        theirs = {"antialias": False, "mode": "stretch", "resample": "bilinear"}
+        ours = {name: weights.preprocessing.get(name, x) for name, x in theirs.items()}
+        if ours != theirs:
+            said = ", ".join(f"{name}={x}" for name, x in ours.items())
+            notes.append(f"big_vision's files do not say how images are prepared: here {said}")
+        if (pad := getattr(weights.config, "text_pad_id", EOS_ID)) != EOS_ID:
+            notes.append(f"big_vision's files do not say what pads texts: here token {pad}")
+    if target in ("big_vision", "open_clip") and weights.tokenizer_model:
+        notes.append(f"left out, as {target}'s files have no place for it: the tokenizer")
+    return notes
 
 
 def _write(path: Path, weights: Any, target: str, layout: str | None) -> list[str]:
@@ -145,13 +163,19 @@ def _write(path: Path, weights: Any, target: str, layout: str | None) -> list[st
 
 
 def _tokenizer(path: str, config) -> bytes:
-    from capjax.data.tokenizer import Tokenizer
+    from capjax.data.tokenizer import EOS_ID, Tokenizer
 
     tokenizer = Tokenizer.from_file(path)
     rows = getattr(config, "vocab_size", tokenizer.vocab_size)
     if tokenizer.vocab_size > rows:
         raise UserError(
             f"--tokenizer={path} has {tokenizer.vocab_size} tokens, the model {rows}: "
+            "give the one that it was trained with"
+        )
+    end = getattr(config, "eos_id", EOS_ID)
+    if tokenizer.eos_id != end:
+        raise UserError(
+            f"--tokenizer={path} ends a text with token {tokenizer.eos_id}, the model with {end}: "
             "give the one that it was trained with"
         )
     return tokenizer.model_bytes
@@ -185,11 +209,23 @@ def _checked_output(args: argparse.Namespace) -> Path:
         raise UserError(f"--output={output} exists; give --overwrite to replace it")
     if output.is_dir() and not any((output / name).exists() for name in _PARTS):
         raise UserError(f"--output={output} is a directory that is not ours; name another")
-    if output.exists() and output.resolve() == Path(args.input).expanduser().resolve():
+    read = Path(re.sub(r"(\.npz):.*", r"\1", args.input)).resolve()
+    if output.exists() and output.resolve() in (read, *read.parents):
         raise UserError(f"--output={output} is the input; name another")
     if not output.parent.is_dir():
         raise UserError(f"--output={output}: there is no directory {output.parent}; make it")
     return output
+
+
+def _put(partial: Path, output: Path) -> None:
+    """Renames; what is in its place already is deleted only then."""
+    if not output.is_dir():
+        partial.replace(output)
+        return
+    old = output.with_name(f"{output.name}.replaced")
+    output.rename(old)
+    partial.rename(output)
+    _delete(old)
 
 
 def _delete(path: Path) -> None:

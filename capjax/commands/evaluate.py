@@ -44,8 +44,12 @@ def run(args: argparse.Namespace) -> None:
 
     root = epath.Path(args.workdir).expanduser()
     loaded = load(root, args.step)
-    config = ConfigDict(loaded.config)
+    config = ConfigDict(loaded.config) if "evaluate" in loaded.config else _config_of(loaded)
     splits = splits or dict(config.evaluate.splits)
+    if not splits:
+        raise UserError(f"{root} has no splits to evaluate; give --split=NAME=SOURCE")
+    if not (loaded.towers.generator or loaded.towers.embedder):
+        raise UserError(f"{root} holds an image encoder alone; expected captions or embeddings")
     opened = {name: (source, open_source(source)) for name, source in splits.items()}
     batch_size = args.batch_size or config.evaluate.batch_size
     mesh = build.build_mesh(config)
@@ -72,6 +76,21 @@ def run(args: argparse.Namespace) -> None:
             writer.write(loaded.step, {f"eval/{name}/{metric}": v for metric, v in metrics.items()})
         writer.close()
         print(_table(found, loaded.step))
+
+
+def _config_of(loaded):
+    """What a run's config would say, of weights that were converted."""
+    import dataclasses
+
+    from capjax.commands.defaults import default_config
+
+    config = default_config()
+    config.preprocessing.update(dataclasses.asdict(loaded.preprocessing))
+    for model in loaded.towers.models:
+        config.data.text_length = getattr(model.config, "text_length", config.data.text_length)
+        if getattr(model.config, "logit_bias_init", 0.0) is None:
+            config.objective.contrastive.kind = "softmax"
+    return config
 
 
 def _splits(flags: list[str]) -> dict[str, str]:

@@ -93,8 +93,15 @@ def evaluate_split(
             write_captions(captions_file, records)
         metrics |= agreement
     if towers.embedder is not None:
+        if towers.coca is not None:  # whose loss this is, whatever the section says
+            contrastive = ContrastiveObjective(kind="softmax")
         with batches() as rows:
             metrics |= evaluate_retrieval(
-                towers.embedder, params, rows, mesh, kind=contrastive.kind
+                towers.embedder,
+                params,
+                rows,
+                mesh,
+                kind=contrastive.kind,
+                max_logit_scale=contrastive.max_logit_scale,
             )
     return metrics

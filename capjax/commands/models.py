@@ -62,8 +62,13 @@ def model_fields(config: ConfigDict) -> dict[str, Any]:
         name = fields.pop(field)
         if not name:
             continue
-        for size, value in variant(name).items():
-            key = prefix + size
-            if key in fields and not fields[key]:
-                fields[key] = value
+        sizes = {prefix + size: value for size, value in variant(name).items()}
+        sizes = {key: value for key, value in sizes.items() if key in fields}
+        if all(fields[key] for key in sizes):
+            given = ", ".join(f"{key}={fields[key]}" for key in sizes)
+            raise UserError(
+                f"model.{field}={name} changes nothing: {given} are set; set those to 0 that it "
+                "shall fill in"
+            )
+        fields |= {key: value for key, value in sizes.items() if not fields[key]}
     return fields

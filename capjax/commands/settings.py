@@ -1,11 +1,13 @@
 """Configs: finding and loading them, overrides, and frozen dataclasses made from their sections.
 
-A config is a Python file with `get_config(arg: str = "") -> ConfigDict`: numbers, strings, tuples.
+A config is a Python file with `get_config() -> ConfigDict`, or `get_config(arg: str = "")` to take
+what stands behind a colon: numbers, strings, tuples.
 Every mistake is a `UserError` of one line that names the field, the value and the mend.
 """
 
 import ast
 import dataclasses
+import inspect
 import math
 import re
 import runpy
@@ -40,6 +42,11 @@ def load_config(arg: str, overrides: list[str] | tuple[str, ...] = ()) -> Config
     path = _find(name)
     try:
         get_config = runpy.run_path(str(path)).get("get_config")
+        if get_config and get_config_arg and not inspect.signature(get_config).parameters:
+            raise TypeError(
+                f"get_config() takes no argument, got {get_config_arg!r}; "
+                "--config.a.b=v sets a field"
+            )
         config = get_config(*[get_config_arg] * bool(get_config_arg)) if get_config else None
     except Exception as error:
         what = f"{type(error).__name__}: {error}".splitlines()[0]

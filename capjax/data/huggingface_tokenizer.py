@@ -9,7 +9,8 @@ import numpy as np
 from capjax.data.tokenizer import PAD_ID, Tokenizer, valid
 from capjax.errors import UserError
 
-_ENDS = ("</s>", "<eos>", "<|endoftext|>")
+# The first that there is. Gemma's vocabulary has "</s>" too, of HTML: it must come last.
+_ENDS = ("<eos>", "<|endoftext|>", "</s>")
 
 
 class HuggingFaceTokenizer(Tokenizer):

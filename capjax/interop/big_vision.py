@@ -111,6 +111,7 @@ _NUMERICS = {
     "image_std": (0.5, 0.5, 0.5),
     "text_causal": False,
     "text_pool": "last",
+    "mask_padding": False,
 }
 
 

@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
+from capjax.data.tokenizer import EOS_ID, PAD_ID
 from capjax.errors import UserError
-from capjax.interop.mapping import FlatArrays
+from capjax.interop.mapping import GEMMA_TOKENS, FlatArrays
 from capjax.models.captioner import CaptionerConfig
 from capjax.models.image_encoder import ImageEncoderConfig
 from capjax.models.two_towers import TwoTowersConfig
@@ -38,7 +39,8 @@ def two_towers_config(arrays: FlatArrays, fields: dict[str, Any]) -> TwoTowersCo
             "logit_bias_init": -10.0 if "b" in arrays else None,
         }
     )
-    return _made(TwoTowersConfig, found, fields, TWO_TOWERS)
+    padding = {"text_pad_id": PAD_ID if embedding[0] == GEMMA_TOKENS else EOS_ID}
+    return _made(TwoTowersConfig, found, padding | fields, TWO_TOWERS)
 
 
 def captioner_config(arrays: FlatArrays, fields: dict[str, Any]) -> CaptionerConfig:

@@ -106,17 +106,13 @@ def read(path: str | Path, **fields: Any) -> Weights:
     directory = Path(path)
     if not directory.is_dir():
         raise UserError(f"{directory}: expected a directory with config.json and model.safetensors")
-    kind, told = read_config(directory, fields.get("image_size"))
-    preprocessing, statistics, notes = read_preprocessing(directory, kind, told["image_size"])
-    rest = told["image_size"] % told["patch_size"]
-    if rest:  # their convolution does not read it
-        preprocessing["resize_to"] = told["image_size"]
-        told["image_size"] = preprocessing["image_size"] = told["image_size"] - rest
-    fields = told | statistics | {k: x for k, x in fields.items() if k != "image_size"}
-    if kind == "vit":
-        model = ImageTower(ImageEncoderConfig(**fields))
-    else:
-        model = TwoTowers(TwoTowersConfig(**fields))
+    try:
+        kind, model, preprocessing, notes = _described(directory, fields)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{directory}: config.json or preprocessor_config.json holds what transformers does "
+            f"not write ({type(error).__name__}: {error})"
+        ) from error
     config, shapes = model.config, shapes_of(model.abstract_params())
     arrays = _without(read_tensors(directory), kind, notes)
     _to_form_of_ours(arrays, kind)
@@ -126,6 +122,22 @@ def read(path: str | Path, **fields: Any) -> Weights:
     what = "image_encoder" if kind == "vit" else "two_towers"
     tokenizer = b"" if kind == "vit" else _tokenizer_model(directory, notes)
     return Weights(what, config, params, tuple(notes), preprocessing, tokenizer)
+
+
+def _described(
+    directory: Path, fields: dict[str, Any]
+) -> tuple[str, ImageTower | TwoTowers, dict[str, Any], list[str]]:
+    """The model type, the model, its preprocessing and notes, as the directory's JSON says."""
+    kind, told = read_config(directory, fields.get("image_size"))
+    preprocessing, statistics, notes = read_preprocessing(directory, kind, told["image_size"])
+    rest = told["image_size"] % told["patch_size"]
+    if rest:  # their convolution does not read it
+        preprocessing["resize_to"] = told["image_size"]
+        told["image_size"] = preprocessing["image_size"] = told["image_size"] - rest
+    fields = told | statistics | {k: x for k, x in fields.items() if k != "image_size"}
+    if kind == "vit":
+        return kind, ImageTower(ImageEncoderConfig(**fields)), preprocessing, notes
+    return kind, TwoTowers(TwoTowersConfig(**fields)), preprocessing, notes
 
 
 def write(path: str | Path, weights: Weights) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from capjax.data.tokenizer import PAD_ID
 from capjax.errors import UserError
+from capjax.interop.mapping import GEMMA_TOKENS
 from capjax.interop.tensor_files import read_json
 from capjax.models.image_encoder import ImageEncoderConfig
 from capjax.models.two_towers import TwoTowersConfig
@@ -49,7 +50,6 @@ _SIGLIP_TEXT: Fields = {
     "max_position_embeddings": 64,
     "pad_token_id": 1,
 }
-_GEMMA_TOKENS = 256_000
 # What each class takes for what its file does not say, of images and of text.
 _DEFAULTS: dict[str, tuple[Fields, Fields]] = {
     "clip": (_CLIP, _CLIP_TEXT),
@@ -196,7 +196,7 @@ def _pad_id(directory: Path, text: Mapping[str, Any]) -> int:
     pad, end = (_content(found.get(f"{name}_token")) for name in ("pad", "eos"))
     if pad and end:
         return _SIGLIP_TEXT["pad_token_id"] if pad == end else PAD_ID
-    return PAD_ID if text["vocab_size"] == _GEMMA_TOKENS else text["pad_token_id"]
+    return PAD_ID if text["vocab_size"] == GEMMA_TOKENS else text["pad_token_id"]
 
 
 def _content(token: Any) -> Any:

@@ -32,6 +32,8 @@ Modules = Iterable[tuple[str, str, int | None]]
 Index = tuple[int | slice | EllipsisType, ...]
 Groups = tuple[tuple[int, ...], ...]
 
+GEMMA_TOKENS = 256_000  # the vocabulary that tells SigLIP 2, whose texts are padded with 0
+
 _LEAVES = ("kernel", "scale", "bias", "embedding")
 
 

@@ -171,7 +171,8 @@ def write_preprocessing(
     given: dict[str, Any] = {"image_size": config.image_size, "mode": "crop", "resample": "bicubic"}
     wanted = ImagePreprocessing(**given | dict(preprocessing))
     modes = {ours: theirs for theirs, ours in _MODES.items()}
-    if not wanted.antialias or wanted.mode not in modes or wanted.image_size != config.image_size:
+    has_size = wanted.image_size == config.image_size == (wanted.resize_to or wanted.image_size)
+    if not wanted.antialias or wanted.mode not in modes or not has_size:
         raise UserError(f"open_clip has no such preprocessing: {wanted}")
     return {
         "size": config.image_size,

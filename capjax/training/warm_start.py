@@ -20,7 +20,7 @@ class WarmStart:
     """From where a run takes parameters before its first step.
 
     Attributes:
-      path: a workdir, a checkpoint or a file of weights; "" takes none.
+      path: a workdir or a checkpoint, of a run or converted; "" takes none.
       include: patterns of the parameters to take ("encoder", "decoder/blocks"); none: all.
       exclude: patterns of those among them that stay as they were drawn.
     """

@@ -13,6 +13,7 @@ OVERRIDES = [
     ("mesh.data=3", "mesh"),
     ("mesh.fsdp=-1", "only one axis may be -1"),
     ("model.num_heads=5", "multiple"),
+    ("model.variant=B/16", "changes nothing"),
     ("model.patch_size=7", "patch_size"),
     ("model.posemb=rope", "posemb"),
     ("model.dtype=float16", "dtype"),

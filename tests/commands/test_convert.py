@@ -9,8 +9,10 @@ import pytest
 import capjax
 from capjax import cli
 from capjax.checkpoint import Checkpointer, RunInfo, load_params
+from capjax.commands import convert as convert_command
 from capjax.data.tokenizer import Tokenizer
-from capjax.interop import big_vision
+from capjax.errors import UserError
+from capjax.interop import big_vision, native
 from capjax.interop.mapping import Weights, model_of
 from capjax.models import CaptionerConfig, TwoTowersConfig
 from capjax.models.image_encoder import ImageEncoderConfig
@@ -101,6 +103,25 @@ def test_two_towers_there_and_back(tmp_path, capsys):
     back = tmp_path / "back.npz"
     convert(capsys, f"--input={output}", f"--output={back}")
     assert_trees_equal(contents(back), contents(source))
+
+
+@pytest.mark.parametrize("config", [CAPTIONER, TWO_TOWERS])
+def test_converted_weights_are_evaluated(config, tmp_path, tokenizer, capsys):
+    big_vision.write(tmp_path / "x.npz", weights_of(config))
+    output = tmp_path / "x"
+    convert(capsys, f"--input={tmp_path / 'x.npz'}", f"--output={output}")
+    evaluate = ["evaluate", f"--workdir={output}", "--batch_size=8", "--max_examples=16"]
+    for flags, words in (([], "give --split"), (["--split=a=emoji:val"], "without a tokenizer")):
+        assert cli.main([*evaluate, *flags]) == 2
+        assert words in capsys.readouterr().err
+    convert(
+        capsys,
+        *(f"--input={tmp_path / 'x.npz'}", f"--output={output}", f"--tokenizer={tokenizer}"),
+        "--overwrite",
+    )
+    assert cli.main([*evaluate, "--split=a=emoji:val"]) == 0
+    metric = "caption_loss" if config is CAPTIONER else "text_to_image_r1"
+    assert metric in capsys.readouterr().out
 
 
 def test_another_layout_without_a_checkpoint(tmp_path, capsys):
@@ -201,7 +222,35 @@ def test_what_is_there_is_replaced_only_when_asked(tmp_path, capsys):
     assert "not ours" in line
     line = convert(capsys, f"--input={source}", f"--output={source}", "--overwrite", status=2)
     assert "is the input" in line
+    line = convert(capsys, f"--input={source}:img", f"--output={source}", "--overwrite", status=2)
+    assert "is the input" in line
+    step = f"{output}/00000000"
+    line = convert(capsys, f"--input={step}", f"--output={output}", "--overwrite", status=2)
+    assert "is the input" in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "photos", "siglip.npz"]
+
+
+def test_what_a_format_has_no_place_for_is_said(tmp_path, tokenizer, capsys):
+    config = dataclasses.replace(TWO_TOWERS, text_pad_id=0)
+    preprocessing = {"image_size": 8, "antialias": True, "resample": "bicubic"}
+    weights = weights_of(config)._replace(
+        preprocessing=preprocessing, tokenizer_model=tokenizer.read_bytes()
+    )
+    native.write(tmp_path / "run", weights)
+    words = convert(capsys, f"--input={tmp_path / 'run'}", f"--output={tmp_path / 'x.npz'}")
+    assert words.splitlines()[:3] == [
+        "note: big_vision's files do not say how images are prepared: here antialias=True, "
+        "mode=stretch, resample=bicubic",
+        "note: big_vision's files do not say what pads texts: here token 0",
+        "note: left out, as big_vision's files have no place for it: the tokenizer",
+    ]
+
+
+def test_a_captioner_without_a_place_for_its_mask(tmp_path, capsys):
+    config = dataclasses.replace(CAPTIONER, mask_padding=True)
+    native.write(tmp_path / "run", weights_of(CAPTIONER)._replace(config=config))
+    args = [f"--input={tmp_path / 'run'}", f"--output={tmp_path / 'x.npz'}"]
+    assert "mask_padding=True: big_vision's models have False" in convert(capsys, *args, status=2)
 
 
 def test_a_failure_leaves_nothing(tmp_path, capsys, monkeypatch):
@@ -271,3 +320,5 @@ def test_a_tokenizer_of_another_model(tmp_path, tokenizer, capsys):
     assert "the model 100" in line
     line = convert(capsys, *args, f"--output={tmp_path / 'out.npz'}", status=2)
     assert "no place for it" in line
+    with pytest.raises(UserError, match="ends a text with token 1, the model with 5"):
+        convert_command._tokenizer(str(tokenizer), dataclasses.replace(TWO_TOWERS, eos_id=5))

@@ -69,6 +69,8 @@ def test_train_evaluate_use_report(name, config_path, tmp_path):
     assert len(losses) == 40 and np.mean(losses[-5:]) < 0.97 * np.mean(losses[:5])
     measured = {k: v for k, v in lines[-1].items() if k.startswith("eval/concept/")}
     assert {f"eval/concept/{metric}" for metric in MEASURED[name]} <= measured.keys()
+    if name in ("clip", "coca"):  # by the softmax: the sigmoid's sum would be about 32 log 2
+        assert measured["eval/concept/contrastive_loss"] < 2 * np.log(32)
 
     finish(start("evaluate", f"--workdir={workdir}"))
     again = metric_lines(workdir)[-1]

@@ -146,6 +146,11 @@ def test_the_argument_after_the_colon_reaches_get_config(config_path):
     assert override(config_path)["label"] == "none given"
 
 
+def test_an_argument_that_a_config_does_not_take_is_refused():
+    with pytest.raises(UserError, match=r"takes no argument, got 'res=384'; --config\.a\.b=v"):
+        settings.load_config("cappa_b16:res=384")
+
+
 def test_the_config_is_locked(config_path):
     config = settings.load_config(str(config_path))
     with pytest.raises((KeyError, AttributeError)):

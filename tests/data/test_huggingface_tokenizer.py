@@ -82,7 +82,7 @@ def gemma_like() -> bytes:
     from tokenizers import decoders, normalizers
 
     names = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{x:02X}>" for x in range(256))]
-    names += ["▁", *"abcdefghijklmnopqrstuvwxyz"]
+    names += ["</s>", "▁", *"abcdefghijklmnopqrstuvwxyz"]  # the first is HTML's
     made = tokenizers.Tokenizer(
         tokenizers.models.BPE(
             {name: i for i, name in enumerate(names)},
@@ -159,7 +159,7 @@ def test_other_files_are_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"not a tokenizer\.json of Hugging Face's"):
         Tokenizer.from_bytes(b'{"version": "1.0"}')
     endless = data.replace(b"<|endoftext|>", b"<|nothing|>")
-    with pytest.raises(UserError, match="no end of text; expected one of the tokens </s>"):
+    with pytest.raises(UserError, match="no end of text; expected one of the tokens <eos>"):
         Tokenizer.from_bytes(endless)
     (tmp_path / "tokenizer.json").write_bytes(data)
     monkeypatch.setitem(sys.modules, "tokenizers", None)

@@ -67,6 +67,14 @@ def test_config_is_read_from_the_weights(parity):
     )
 
 
+def test_texts_of_siglip_2_are_padded_with_0(parity):
+    case, config, _, _ = parity
+    assert config.text_pad_id == 1
+    params = {name: x for name, x in case.items() if name.startswith("params/")}
+    gemma = np.broadcast_to(np.float32(0), (256_000, config.text_width))
+    assert read(params | {"params/txt/Embed_0/embedding": gemma}).config.text_pad_id == 0
+
+
 def test_outputs_equal_theirs(parity):
     case, _, outputs, _ = parity
     names = ("sigmoid_loss", "zimg", "ztxt", "logits", "softmax_loss")

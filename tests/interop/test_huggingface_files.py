@@ -30,6 +30,24 @@ def test_a_rest_that_no_patch_reads_is_in_the_preprocessing(safetensors, tmp_pat
         huggingface.write(tmp_path, weights._replace(preprocessing={"resize_to": 12}))
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (
+            "config.json",
+            {"model_type": "siglip", "vision_config": {"image_size": 8, "hidden_size": "x"}},
+        ),
+        ("config.json", {"model_type": "siglip", "text_config": [1]}),
+        ("preprocessor_config.json", {"size": {"longest_edge": 8}}),
+    ],
+)
+def test_what_transformers_would_not_write_is_one_line(name, content, safetensors, tmp_path):
+    huggingface.write(tmp_path, two_towers())
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(UserError, match="holds what transformers does not write"):
+        huggingface.read(tmp_path)
+
+
 def two_towers(**fields) -> Weights:
     config = TwoTowersConfig(
         **{

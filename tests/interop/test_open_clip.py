@@ -185,6 +185,8 @@ def test_settings_travel_with_the_weights(safetensors, tmp_path):
     wanted = {"mode": "stretch", "resample": "bilinear", "antialias": True, "image_size": 8}
     assert again.preprocessing == wanted
     jax.tree.map(np.testing.assert_array_equal, again.params, weights.params)
+    with pytest.raises(UserError, match="no such preprocessing"):
+        open_clip.write(tmp_path, weights._replace(preprocessing={"resize_to": 9}))
 
 
 def test_the_bias_of_patches_is_written_into_their_positions(safetensors, tmp_path):
