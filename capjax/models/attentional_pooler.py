@@ -1,14 +1,13 @@
 """The attentional pooler: a fixed number of learned queries read a sequence of any length."""
 
-import jax.numpy as jnp
 from flax import nnx
 
 from capjax.dims import Array, Float
-from capjax.mesh import act_BLNK, embedding_LD, out_sharding
+from capjax.mesh import act_BLNK, embedding_LD
 from capjax.models.attention import CrossAttention
 from capjax.models.image_encoder import ImageEncoderConfig
 from capjax.models.layers import LayerNorm
-from capjax.models.parameters import lecun_normal, normal, parameter, use
+from capjax.models.parameters import broadcast, lecun_normal, normal, parameter, use
 
 
 class AttentionalPooler(nnx.Module):
@@ -30,11 +29,7 @@ class AttentionalPooler(nnx.Module):
     def __call__(self, x_BPD: Float[Array, "B P D"]) -> Float[Array, "B Q D"]:
         # Projected before they are repeated: they are the same for every image.
         query_1QNK = self.attention.project_query(use(self.queries, x_BPD.dtype)[None])
-        query_BQNK = jnp.broadcast_to(
-            query_1QNK,
-            (x_BPD.shape[0], *query_1QNK.shape[1:]),
-            out_sharding=out_sharding(act_BLNK),
-        )
+        query_BQNK = broadcast(query_1QNK, (len(x_BPD), *query_1QNK.shape[1:]), act_BLNK)
         return self.norm(self.attention.attend(query_BQNK, self.attention.project_memory(x_BPD)))
 
 

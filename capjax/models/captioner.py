@@ -36,8 +36,9 @@ class CaptionerConfig(ImageEncoderConfig):
       vocab_size: tokens that can be predicted. The mask token's id is `vocab_size`.
       text_length: tokens of a caption, its end included.
       mask_token: whether the embedding has a row for the mask token (needed for parallel mode).
-      mask_padding: in causal rows padding is not attended to, as in clip-jax; big_vision does so.
-        Padding stands last, so this changes the states at padding alone, and no loss.
+      mask_padding: in causal rows padding is not attended to, as in clip-jax; big_vision attends to
+        it. Padding stands last, so this changes the states at padding alone, and no loss; a fused
+        kernel is then not taken.
       null_memory: what stands for the image where it is dropped: "zeros", or one "learned" vector.
     """
 
@@ -60,7 +61,8 @@ class CaptionerConfig(ImageEncoderConfig):
             if not getattr(self, f"decoder_{name}"):
                 object.__setattr__(self, f"decoder_{name}", getattr(self, name))
         self.check_at_least_one(
-            "vocab_size", "text_length", "decoder_width", "decoder_depth", "decoder_num_heads"
+            *("vocab_size", "text_length"),
+            *("decoder_width", "decoder_depth", "decoder_num_heads", "decoder_mlp_dim"),
         )
         self.check_choice("decoder_posemb", ("", "learn", "sincos2d", "rotary"))
         self.check_choice("null_memory", ("zeros", "learned"))

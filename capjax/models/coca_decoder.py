@@ -13,9 +13,9 @@ from capjax.models.attention import MASKED, SelfAttention, causal_bias
 from capjax.models.decoder_block import DecoderBlock, attend_to_cache
 from capjax.models.image_encoder import ImageEncoderConfig, sincos2d
 from capjax.models.layers import Embedding, LayerNorm, Mlp
-from capjax.models.parameters import lecun_normal, normal, parameter, use, zeros
+from capjax.models.parameters import broadcast, lecun_normal, normal, parameter, use, zeros
 from capjax.models.stack import run_stack, stack
-from capjax.models.text_decoder import DecoderCache, OutputHead, pad_to_lanes
+from capjax.models.text_decoder import DecoderCache, OutputHead, drop_memory, pad_to_lanes
 from capjax.models.text_encoder import apply_projection, project_feature
 
 
@@ -156,11 +156,8 @@ class CoCaDecoder(nnx.Module):
     ) -> tuple[Float[Array, "B L E"], Float[Array, "B D"]]:
         """`text`, and the class token's state, normed and projected."""
         x_BLE = self._embed(tokens_BL)
-        class_B1E = jnp.broadcast_to(
-            use(self.class_token, self.dtype)[None],
-            (x_BLE.shape[0], 1, x_BLE.shape[2]),
-            out_sharding=out_sharding(act_BLD),
-        )
+        class_11E = use(self.class_token, self.dtype)[None]
+        class_B1E = broadcast(class_11E, (len(x_BLE), *class_11E.shape[1:]), act_BLD)
         x_BSE = jnp.concatenate([x_BLE, class_B1E], axis=1)
         x_BSE = self._unimodal(x_BSE, class_attention_bias(tokens_BL))
         class_BE = self.class_norm(x_BSE[:, -1:])[:, 0]
@@ -182,11 +179,8 @@ class CoCaDecoder(nnx.Module):
     def drop_memory(
         self, memory_BQD: Float[Array, "B Q D"], is_dropped_B: Bool[Array, " B"]
     ) -> Float[Array, "B Q D"]:
-        """The memory, in dropped rows replaced by the learned vector, or by zeros."""
-        if self.null_memory is None:
-            return jnp.where(is_dropped_B[:, None, None], 0, memory_BQD)
-        null_11D = self.null_memory[...].astype(memory_BQD.dtype)[None, None]
-        return jnp.where(is_dropped_B[:, None, None], null_11D, memory_BQD)
+        """See `text_decoder.drop_memory`."""
+        return drop_memory(self.null_memory, memory_BQD, is_dropped_B)
 
     def start_cache(self, memory_BQD: Float[Array, "B Q D"], length: int) -> DecoderCache:
         """Keys and values of the memory for the multimodal layers, room for `length` tokens."""
@@ -228,8 +222,9 @@ class CoCaDecoder(nnx.Module):
         return logits_BV, cache._replace(self_key_XBLNK=keys_XBLNK, self_value_XBLNK=values_XBLNK)
 
     def _embed(self, tokens_BL):
-        positions_LE = self.positions()[: tokens_BL.shape[1]]
-        return self.token_embedding(tokens_BL, self.dtype) + positions_LE[None]
+        x_BLE = self.token_embedding(tokens_BL, self.dtype)
+        positions_1LE = self.positions()[None, : tokens_BL.shape[1]]
+        return x_BLE + broadcast(positions_1LE, x_BLE.shape, act_BLD)
 
     def _unimodal(self, x_BLE, bias_B1LL):
         is_causal = bias_B1LL is None

@@ -18,7 +18,14 @@ from capjax.errors import UserError
 from capjax.mesh import BATCH, act_BLD, embedding_LD, kernel_HWCD, out_sharding
 from capjax.models.attention import SelfAttention
 from capjax.models.layers import ACTIVATIONS, LayerNorm, Mlp, Projection
-from capjax.models.parameters import lecun_normal, normal, parameter, use, xavier_uniform
+from capjax.models.parameters import (
+    broadcast,
+    lecun_normal,
+    normal,
+    parameter,
+    use,
+    xavier_uniform,
+)
 from capjax.models.stack import REMAT_POLICIES, run_stack, stack
 
 
@@ -230,7 +237,7 @@ class ImageEncoder(nnx.Module):
             positions_PD = jnp.asarray(
                 sincos2d(self.grid, self.grid, patches_BPD.shape[-1]), patches_BPD.dtype
             )
-        return patches_BPD + positions_PD[None]
+        return patches_BPD + broadcast(positions_PD[None], patches_BPD.shape, act_BLD)
 
     def add_tokens(self, patches_BPD: Float[Array, "B P D"]) -> Float[Array, "B S D"]:
         """The patches, and after them the class token and the registers."""
@@ -239,8 +246,7 @@ class ImageEncoder(nnx.Module):
             if tokens is not None:
                 shape = (patches_BPD.shape[0], *tokens.shape)
                 tokens_1TD = use(tokens, patches_BPD.dtype)[None]
-                sharding = out_sharding(act_BLD)
-                parts.append(jnp.broadcast_to(tokens_1TD, shape, out_sharding=sharding))
+                parts.append(broadcast(tokens_1TD, shape, act_BLD))
         return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
     def __call__(self, images_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B S D"]:

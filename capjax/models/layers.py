@@ -25,7 +25,16 @@ from capjax.mesh import (
     out_sharding,
     reshard,
 )
-from capjax.models.parameters import Law, normal, ones, parameter, use, xavier_uniform, zeros
+from capjax.models.parameters import (
+    Law,
+    broadcast,
+    normal,
+    ones,
+    parameter,
+    use,
+    xavier_uniform,
+    zeros,
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -152,8 +161,11 @@ class Projection(nnx.Module):
             _reshape(use(self.kernel, x.dtype), (self.in_size, -1), P(self.in_axis, self.out_axis)),
             out_sharding=out_sharding(P(rows, self.out_axis)),
         )
-        y = _reshape(y_BF, (batch, length, *self.out_shape), P(rows, None, self.out_axis))
-        return y if self.bias is None else y + use(self.bias, x.dtype)[None, None]
+        spec = P(rows, None, self.out_axis)
+        y = _reshape(y_BF, (batch, length, *self.out_shape), spec)
+        if self.bias is None:
+            return y
+        return y + broadcast(use(self.bias, x.dtype)[None, None], y.shape, spec)
 
 
 def _reshape(x: Array, shape: tuple[int, ...], spec: P) -> Array:
@@ -184,6 +196,7 @@ class Embedding(nnx.Module):
         self.embedding = parameter(normal(scale, num_rows), (num_stored, width), embedding_VD)
 
     def __call__(self, tokens_BL: Int[Array, "B L"], dtype: DTypeLike) -> Float[Array, "B L D"]:
-        # Every batch shard needs every row, so the table is gathered over both of its axes.
-        table_VD = reshard(self.embedding[...].astype(dtype), P(None, None))
-        return table_VD.at[tokens_BL].get(out_sharding=out_sharding(act_BLD))
+        # Every batch shard needs every row, so the table is gathered over both of its axes; and in
+        # float32, in which its gradient is then summed: a batch has some tokens many times.
+        table_VD = reshard(self.embedding[...], P(None, None))
+        return table_VD.at[tokens_BL].get(out_sharding=out_sharding(act_BLD)).astype(dtype)

@@ -5,11 +5,11 @@ from flax import nnx
 
 from capjax.dims import Array, Float
 from capjax.errors import UserError
-from capjax.mesh import act_BLNK, embedding_LD, out_sharding
+from capjax.mesh import act_BLNK, embedding_LD
 from capjax.models.attention import CrossAttention
 from capjax.models.image_encoder import ImageEncoderConfig
 from capjax.models.layers import LayerNorm, Mlp
-from capjax.models.parameters import parameter, use, xavier_uniform
+from capjax.models.parameters import broadcast, parameter, use, xavier_uniform
 
 
 def pool(memory_BPD: Float[Array, "B P D"], config: ImageEncoderConfig) -> Float[Array, "B D"]:
@@ -56,11 +56,7 @@ class MapHead(nnx.Module):
     def __call__(self, memory_BPD: Float[Array, "B P D"]) -> Float[Array, "B D"]:
         # The same query for every image: projected once.
         query_11NK = self.attention.project_query(use(self.probe, memory_BPD.dtype)[None])
-        query_B1NK = jnp.broadcast_to(
-            query_11NK,
-            (len(memory_BPD), *query_11NK.shape[1:]),
-            out_sharding=out_sharding(act_BLNK),
-        )
+        query_B1NK = broadcast(query_11NK, (len(memory_BPD), *query_11NK.shape[1:]), act_BLNK)
         memory = self.attention.project_memory(memory_BPD)
         x_B1D = self.attention.attend(query_B1NK, memory)
         return (x_B1D + self.mlp(self.norm(x_B1D)))[:, 0]

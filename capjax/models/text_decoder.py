@@ -8,7 +8,6 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from capjax.dims import Array, Bool, Float, Int
@@ -27,7 +26,7 @@ from capjax.models.attention import MASKED
 from capjax.models.decoder_block import DecoderBlock, attention_bias
 from capjax.models.image_encoder import sincos2d
 from capjax.models.layers import Embedding, LayerNorm
-from capjax.models.parameters import normal, parameter, use, zeros
+from capjax.models.parameters import broadcast, normal, parameter, use, zeros
 from capjax.models.stack import run_stack, stack
 
 
@@ -140,10 +139,11 @@ class TextDecoder(nnx.Module):
         if self.posemb == "rotary" and self.position_embedding is None:
             return x_BLE
         positions_1LE = self.positions(dtype)[None, : tokens_BL.shape[1]]
+        positions_BLE = broadcast(positions_1LE, x_BLE.shape, act_BLD)
         if self.posemb == "rotary":
             is_mask_BL1 = (tokens_BL == self.mask_id)[:, :, None]
-            return x_BLE + jnp.where(is_mask_BL1, positions_1LE, 0)
-        return x_BLE + positions_1LE
+            return x_BLE + jnp.where(is_mask_BL1, positions_BLE, 0)
+        return x_BLE + positions_BLE
 
     def hidden(
         self,
@@ -175,13 +175,14 @@ class TextDecoder(nnx.Module):
         computed for one row, which is on every device.
         """
         batch, dtype = memory_BPD.shape[0], memory_BPD.dtype
-        table_VE = reshard(self.token_embedding.embedding[...].astype(dtype), replicated)
-        x_1LE = table_VE[self.mask_id][None, None] + self.positions(dtype)[None, :length]
+        table_VE = reshard(self.token_embedding.embedding[...], replicated)
+        mask_11E = table_VE[self.mask_id].astype(dtype)[None, None]
+        x_1LE = mask_11E + self.positions(dtype)[None, :length]
 
         def first(_, block):
             x_1LE_, query_1LNK = block.before_memory(x_1LE)
-            x_BLE = _repeat(x_1LE_, batch, act_BLD)
-            query_BLNK = _repeat(query_1LNK, batch, act_BLNK)
+            x_BLE = broadcast(x_1LE_, (batch, *x_1LE_.shape[1:]), act_BLD)
+            query_BLNK = broadcast(query_1LNK, (batch, *query_1LNK.shape[1:]), act_BLNK)
             memory = block.cross_attention.project_memory(memory_BPD)
             return block.from_memory(x_BLE, query_BLNK, memory)
 
@@ -198,10 +199,8 @@ class TextDecoder(nnx.Module):
     def drop_memory(
         self, memory_BPD: Float[Array, "B P D"], is_dropped_B: Bool[Array, " B"]
     ) -> Float[Array, "B P D"]:
-        """The memory, in dropped rows replaced by the learned vector, or by zeros."""
-        null_D = jnp.float32(0) if self.null_memory is None else self.null_memory[...]
-        null_11D = jnp.broadcast_to(null_D.astype(memory_BPD.dtype), (1, 1, memory_BPD.shape[-1]))
-        return jnp.where(is_dropped_B[:, None, None], null_11D, memory_BPD)
+        """See `drop_memory`."""
+        return drop_memory(self.null_memory, memory_BPD, is_dropped_B)
 
     def start_cache(self, memory_BPD: Float[Array, "B P D"], length: int) -> DecoderCache:
         """Keys and values of the memory for every layer, and room for `length` tokens."""
@@ -244,10 +243,17 @@ class TextDecoder(nnx.Module):
         return logits_BV, cache._replace(self_key_XBLNK=keys_XBLNK, self_value_XBLNK=values_XBLNK)
 
 
-def _repeat(x: Array, batch: int, spec: P) -> Array:
-    """The one row `x` as `batch` rows."""
-    shape = (batch, *x.shape[1:])
-    return jnp.broadcast_to(x, shape, out_sharding=out_sharding(spec))
+def drop_memory(
+    null_memory: nnx.Param | None,
+    memory_BPD: Float[Array, "B P D"],
+    is_dropped_B: Bool[Array, " B"],
+) -> Float[Array, "B P D"]:
+    """The memory, in dropped rows replaced by the learned vector, or by zeros."""
+    null_BPD = jnp.zeros((), memory_BPD.dtype)
+    if null_memory is not None:
+        null_11D = use(null_memory, memory_BPD.dtype)[None, None]
+        null_BPD = broadcast(null_11D, memory_BPD.shape, act_BLD)
+    return jnp.where(is_dropped_B[:, None, None], null_BPD, memory_BPD)
 
 
 def pad_to_lanes(size: int) -> int:

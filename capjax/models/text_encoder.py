@@ -6,10 +6,10 @@ from flax import nnx
 
 from capjax.data.tokenizer import PAD_ID
 from capjax.dims import Array, Float, Int
-from capjax.mesh import act_BD, embedding_LD, kernel_DF, reshard
+from capjax.mesh import act_BD, act_BLD, embedding_LD, kernel_DF, reshard
 from capjax.models.image_encoder import EncoderBlock, ImageEncoderConfig
 from capjax.models.layers import Embedding, LayerNorm, Projection
-from capjax.models.parameters import lecun_normal, normal, parameter, use
+from capjax.models.parameters import broadcast, lecun_normal, normal, parameter, use
 from capjax.models.stack import run_stack, stack
 from capjax.models.text_decoder import pad_to_lanes
 
@@ -59,7 +59,8 @@ class TextEncoder(nnx.Module):
     def encode(self, tokens_TL: Int[Array, "T L"]) -> Float[Array, "T L D"]:
         """All positions after the final LayerNorm."""
         x_TLD = self.token_embedding(tokens_TL, self.dtype)
-        x_TLD += use(self.position_embedding, self.dtype)[None, : tokens_TL.shape[1]]
+        positions_1LD = use(self.position_embedding, self.dtype)[None, : tokens_TL.shape[1]]
+        x_TLD += broadcast(positions_1LD, x_TLD.shape, act_BLD)
         x_TLD = run_stack(
             lambda x_TLD, block: block(x_TLD, is_causal=self.causal),
             x_TLD,

@@ -4,10 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
+from capjax.models import Captioner, CaptionerConfig
 from capjax.models.attention import MASKED, attend
 from capjax.models.image_encoder import sincos2d
 from capjax.models.layers import ACTIVATIONS, layer_norm
+from capjax.models.parameters import broadcast
 
 
 def normal(seed, *shape):
@@ -90,6 +93,24 @@ def test_nothing_is_kept_in_float32(layer):
     kept = [leaf for leaf in jax.tree.leaves(pull) if leaf.dtype == jnp.float32]
     assert all(leaf.size < x[0].size / 2 for leaf in kept)
     assert pull(y)[0].dtype == jnp.bfloat16
+
+
+def test_what_many_rows_share_gets_a_gradient_summed_in_float32():
+    """In bfloat16 a sum stands still at 256 times its terms; here there are 4096 of them."""
+    shared = jnp.zeros((1, 1, 8), jnp.bfloat16)
+    gradient = jax.jit(jax.grad(lambda x: broadcast(x, (64, 64, 8), P()).sum(dtype=jnp.float32)))
+    np.testing.assert_array_equal(gradient(shared), 4096)
+    config = CaptionerConfig(
+        image_size=8, patch_size=4, width=8, depth=1, num_heads=2, mlp_dim=8, vocab_size=9
+    )
+    params = Captioner(config).init(jax.random.key(0))
+
+    def embed(params):
+        module = Captioner(config).module(params).decoder.token_embedding
+        return module(jnp.full((64, 64), 3), jnp.bfloat16).sum(dtype=jnp.float32)
+
+    table_VE = jax.jit(jax.grad(embed))(params)["decoder"]["token_embedding"]["embedding"]
+    np.testing.assert_array_equal(table_VE[3], 4096)
 
 
 def test_fixed_positions():
