@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from capjax.checkpoint import RunInfo
+from capjax.checkpoint import LoadedCheckpoint, RunInfo
 from capjax.checkpoint.metadata import library_versions
 from capjax.commands.build import Plan
 from capjax.commands.settings import resolved_dict
@@ -36,6 +36,38 @@ def describe(plan: Plan) -> str:
         f"vocabulary {plan.tokenizer.vocab_size}, {plan.total_steps:,} steps of "
         f"{plan.config.batch_size}, on {devices()}{f' as {mesh}' if mesh else ''}"
     )
+
+
+# With the same arrays a model of other values computes something else.
+_IMAGE_NUMERICS = ("activation", "norm_eps", "image_mean", "image_std")
+_TEXT_NUMERICS = ("text_causal", "text_pool", "eos_id", "text_pad_id", "mask_padding")
+_PIXELS = ("antialias", "mode", "resample")
+
+
+def warm_start_changes(plan: Plan, loaded: LoadedCheckpoint, names: list[str]) -> list[str]:
+    """Of parameters taken from a checkpoint by `names`: what else they were trained with."""
+    has_text = any(name.startswith(("decoder/", "text_encoder/")) for name in names)
+    theirs: dict[str, Any] = {}
+    ours: dict[str, Any] = {}
+    for kinds, fields in (
+        (loaded.metadata["config"]["model"], theirs),
+        (plan.towers.to_dict(), ours),
+    ):
+        for kind in kinds.values():
+            fields |= {k: tuple(x) if isinstance(x, list) else x for k, x in kind.items()}
+    wanted = _IMAGE_NUMERICS + _TEXT_NUMERICS * has_text
+    pairs = [(f"model.{name}", ours.get(name), theirs.get(name)) for name in wanted]
+    pixels = dataclasses.asdict(plan.data.preprocessing)
+    before = loaded.metadata["preprocessing"]
+    pairs += [(f"preprocessing.{name}", pixels[name], before.get(name)) for name in _PIXELS]
+    changes = [
+        f"{name}={here!r} here, {there!r} where the parameters come from"
+        for name, here, there in pairs
+        if None not in (here, there) and here != there
+    ]
+    if has_text and loaded.tokenizer_model not in (b"", plan.tokenizer.model_bytes):
+        changes.append("another tokenizer than where the parameters come from")
+    return changes
 
 
 def devices() -> str:

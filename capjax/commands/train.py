@@ -131,6 +131,7 @@ def first_state(plan, say):
     import jax
 
     from capjax.checkpoint import load_params
+    from capjax.commands.summary import warm_start_changes
     from capjax.training.state import with_params
     from capjax.training.warm_start import warm_start
 
@@ -143,4 +144,6 @@ def first_state(plan, say):
         state.params, loaded.params, include=warm.include, exclude=warm.exclude
     )
     say(f"{len(names)} arrays of step {loaded.step} of {warm.path}, such as {names[0]}")
+    for change in warm_start_changes(plan, loaded, names):
+        say(f"warm start: {change}")
     return with_params(state, params)
