@@ -8,13 +8,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from capjax.data.tokenizer import PAD_ID
 from capjax.dims import Array, Batch, Bool, Int, PRNGKeyArray
-from capjax.mesh import BATCH, out_sharding
 from capjax.objectives.captioning_objective import CaptioningObjective
-from capjax.objectives.parallel_draw import are_parallel, draw_masked, draw_orders, draw_rows
+from capjax.objectives.parallel_draw import (
+    are_parallel,
+    as_rows,
+    draw_masked,
+    draw_orders,
+    draw_rows,
+)
 
 # What keys of other draws are folded from: numbers that are no position in practice.
 _DROPOUT, _MASKING = 0xFFFFFFFF, 0xFFFFFFFE
@@ -92,9 +96,3 @@ def repeat(tree: Any, times: int) -> Any:
         return as_rows(x, (-1, *x.shape[2:]))
 
     return tree if times == 1 else jax.tree.map(repeat_rows, tree)
-
-
-def as_rows(x: Array, shape: tuple[int, ...]) -> Array:
-    """`x` in another shape, its leading axis split over the batch axes of the mesh."""
-    spec = P(BATCH, *(None,) * (len(shape) - 1))
-    return jnp.reshape(x, shape, out_sharding=out_sharding(spec))

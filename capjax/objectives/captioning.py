@@ -20,7 +20,6 @@ from capjax.models.captioner import Captioner
 from capjax.objectives.caption_loss import caption_loss, caption_means
 from capjax.objectives.caption_rows import (
     CaptionRows,
-    as_rows,
     decoder_inputs,
     draw_caption_rows,
     draw_dropped,
@@ -29,7 +28,7 @@ from capjax.objectives.caption_rows import (
 from capjax.objectives.captioning_objective import CaptioningObjective
 from capjax.objectives.cross_entropy import token_nll
 from capjax.objectives.metrics import Mean, masked_mean
-from capjax.objectives.parallel_draw import join_groups, take_in_groups
+from capjax.objectives.parallel_draw import as_rows, join_groups, take_in_groups
 
 __all__ = [
     "CaptioningObjective",

@@ -40,7 +40,7 @@ class CaptioningObjective:
 
     def __post_init__(self):
         fraction = self.parallel_fraction
-        _check("weight", self.weight, self.weight >= 0, "0 or more")
+        _check("weight", self.weight, 0 <= self.weight < math.inf, "0 or more")
         _check("parallel_fraction", fraction, 0 <= fraction <= 1, "0 (Cap) to 1")
         _check_choice("parallel_draw", self.parallel_draw, ("bernoulli", "fixed"))
         if self.parallel_draw == "fixed":

@@ -16,9 +16,10 @@ from capjax.errors import UserError
 from capjax.mesh import act_BLD, out_sharding
 from capjax.models.coca import CoCa
 from capjax.objectives.caption_loss import caption_loss, caption_means
-from capjax.objectives.caption_rows import as_rows, decoder_inputs, draw_dropped, repeat
+from capjax.objectives.caption_rows import decoder_inputs, draw_dropped, repeat
 from capjax.objectives.captioning import captioning_prepare
 from capjax.objectives.metrics import masked_mean
+from capjax.objectives.parallel_draw import as_rows
 
 
 @dataclasses.dataclass(frozen=True)

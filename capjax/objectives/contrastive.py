@@ -15,6 +15,7 @@ Letters: B images (global), K captions an image, C the images again where their 
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -53,8 +54,8 @@ class ContrastiveObjective:
         if self.kind not in ("sigmoid", "softmax"):
             raise UserError(f"objective.contrastive.kind={self.kind!r}: choose sigmoid or softmax")
         for name in ("weight", "chunk_size", "max_logit_scale"):
-            if getattr(self, name) < 0:
-                value = getattr(self, name)
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
                 raise UserError(f"objective.contrastive.{name}={value}: expected 0 or more")
         if not 0 <= self.label_smoothing < 1:
             raise UserError(

@@ -64,7 +64,7 @@ def draw_orders(
             f"of one device, into which {len(position_R)} rows on {shards} devices do not divide; "
             f"make the captions of a microbatch a multiple of {shards * group_size}"
         )
-    first_G = _reshape(position_R, (-1, group_size))[:, 0] // group_size
+    first_G = as_rows(position_R, (-1, group_size))[:, 0] // group_size
 
     def order(number):
         return jax.random.permutation(jax.random.fold_in(key, number), group_size)
@@ -116,7 +116,7 @@ def take_in_groups(tree: Any, orders_GJ: Int[Array, "G J"]) -> Any:
     """
 
     def take(x):
-        groups = _reshape(x, (len(orders_GJ), -1, *x.shape[1:]))
+        groups = as_rows(x, (len(orders_GJ), -1, *x.shape[1:]))
         return jax.vmap(lambda rows, order: rows[order])(groups, orders_GJ)
 
     return jax.tree.map(take, tree)
@@ -124,13 +124,14 @@ def take_in_groups(tree: Any, orders_GJ: Int[Array, "G J"]) -> Any:
 
 def join_groups(tree: Any) -> Any:
     """Arrays [G, J, ...] as [R, ...]."""
-    return jax.tree.map(lambda x: _reshape(x, (-1, *x.shape[2:])), tree)
+    return jax.tree.map(lambda x: as_rows(x, (-1, *x.shape[2:])), tree)
 
 
 def _ranks(x_L: Array) -> Array:
     return jnp.argsort(jnp.argsort(x_L))
 
 
-def _reshape(x: Array, shape: tuple[int, ...]) -> Array:
+def as_rows(x: Array, shape: tuple[int, ...]) -> Array:
+    """`x` in another shape, its leading axis split over the batch axes of the mesh."""
     spec = P(BATCH, *(None,) * (len(shape) - 1))
     return jnp.reshape(x, shape, out_sharding=out_sharding(spec))

@@ -57,7 +57,7 @@ def with_params(state: TrainState, params: Params) -> TrainState:
 def update_ema(ema: Params, params: Params, decay: float, step: int | Int[Array, ""]) -> Params:
     """The average after one more step: ema + (1 - d) (params - ema), d = min(decay, (1+t)/(10+t)).
 
-    `t` is `step`, the number of averages taken before this one. The smaller decay at first, as in
+    `t` is `step`, the number of batches before this one. The smaller decay at first, as in
     TensorFlow's ExponentialMovingAverage, lets the average forget where it started.
     """
     step = jnp.asarray(step, jnp.float32)

@@ -189,6 +189,23 @@ def test_a_gradient_that_is_not_finite_counts_though_the_loss_is():
     assert np.isfinite(state.params["kernel"]).all()
 
 
+def test_an_average_follows_but_not_into_a_step_that_is_not_finite():
+    step = make_train_step(mean_over_rows(linear_loss), TX, ema_decay=0.9)
+    state = init_state(init_params, TX, 0, ema=True)
+    batches = [linear_batch(seed) for seed in range(3)]
+    batches[2]["x"][0, 0] = np.nan
+    averages = []
+    for batch in batches:
+        before = np.asarray(state.params["kernel"])
+        state, metrics = step(state, batch)
+        averages.append(np.asarray(state.ema["kernel"]))
+    np.testing.assert_array_equal(averages[2], averages[1])
+    np.testing.assert_array_equal(state.params["kernel"], before)
+    moved = averages[0] + (1 - 2 / 11) * (before - averages[0])  # the decay of the second step
+    np.testing.assert_allclose(averages[1], moved, rtol=1e-6)
+    assert metrics["nonfinite"] == 1 and (averages[1] != before).any()
+
+
 def test_many_steps_compile_once_and_give_up_the_old_state(caplog):
     mesh = make_mesh(MeshShape(data=4, fsdp=2))
     step = make_train_step(mean_over_rows(linear_loss), TX, learning_rate=SCHEDULE)
