@@ -51,6 +51,11 @@ def warm_start(
     names = {**here, **there}
     chosen = matching(include, names, "warm_start.include") if include else set(names)
     chosen -= matching(exclude, names, "warm_start.exclude")
+    if not chosen:
+        raise UserError(
+            f"warm_start.exclude={tuple(exclude)} leaves nothing of what "
+            f"warm_start.include={tuple(include)} takes; exclude less"
+        )
     new, shapes = {}, []
     for name in sorted(chosen & here.keys() & there.keys()):
         x = _fitted(name, np.asarray(there[name]), here[name].shape)

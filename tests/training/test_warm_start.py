@@ -91,6 +91,12 @@ def test_everything_that_does_not_fit_is_named():
         warm_start(fresh, loaded, include=("encoer",))
 
 
+def test_to_take_nothing_is_an_error():
+    fresh = CAPTIONER.init(jax.random.key(0))
+    with pytest.raises(UserError, match=r"warm_start.exclude=\('enc.*',\) leaves nothing of what"):
+        warm_start(fresh, fresh, include=("encoder",), exclude=("enc.*",))
+
+
 def test_text_positions_are_never_resized():
     longer = Captioner(CaptionerConfig(image_size=8, **ENCODER, **TEXT | {"text_length": 9}))
     with pytest.raises(UserError, match=r"decoder/position_embedding \(6, 16\) instead of \(9, 16"):
