@@ -29,6 +29,7 @@ EXPECTED = {
     str: "text",
     tuple: "a list (such as 1,2 or a,b)",
 }
+OPEN_SECTIONS = ("evaluate.splits",)  # of text, by names that are the user's
 _Value = typing.Any  # whatever a config field holds
 
 
@@ -162,7 +163,11 @@ def _override(config: ConfigDict, text: str) -> None:
     name, _, value = text.partition("=")
     *sections, key = name.split(".")
     node = config
-    for part in [*sections, key]:
+    for depth, part in enumerate([*sections, key]):
+        if depth == len(sections) and value and ".".join(sections) in OPEN_SECTIONS:
+            with config.unlocked():
+                node[key] = value
+            return
         if not isinstance(node, ConfigDict) or part not in node:
             raise UserError(f"--config.{text}: no such field{_nearest(config, name)}")
         parent, node = node, node[part]

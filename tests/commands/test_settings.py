@@ -151,6 +151,11 @@ def test_an_argument_that_a_config_does_not_take_is_refused():
         settings.load_config("cappa_b16:res=384")
 
 
+def test_a_split_can_be_added():
+    splits = settings.load_config("siglip_b16", ["evaluate.splits.coco=photos/"]).evaluate.splits
+    assert splits.to_dict() == {"coco": "photos/"}
+
+
 def test_the_config_is_locked(config_path):
     config = settings.load_config(str(config_path))
     with pytest.raises((KeyError, AttributeError)):
