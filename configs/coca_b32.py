@@ -28,5 +28,7 @@ def get_config() -> ConfigDict:
         logit_bias_init=None,
     )
     config.objective.captioning.weight = 0.0
-    config.objective.coca.update(weight=1.0, caption_weight=2.0, contrastive_weight=1.0)
+    config.objective.coca.update(
+        weight=1.0, caption_weight=2.0, contrastive_weight=1.0, max_logit_scale=100.0
+    )
     return config

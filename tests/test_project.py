@@ -153,7 +153,8 @@ def test_the_readme_fits_on_two_screens():
 
 def test_every_command_in_the_readme_exists():
     makefile = (ROOT / "Makefile").read_text()
-    lines = [line.split("#")[0].split() for block in blocks("sh") for line in block.splitlines()]
+    shell = [block.replace("\\\n", " ") for block in blocks("sh")]  # lines that go on
+    lines = [line.split("#")[0].split() for block in shell for line in block.splitlines()]
     lines += [code.split() for code in re.findall(r"`((?:capjax|make) [^`]+)`", README)]
     checked = 0
     for words in filter(None, lines):

@@ -174,6 +174,11 @@ def build_source(config: ConfigDict) -> Source | None:
     """The training examples; None for the synthetic ones, which have no end."""
     if config.data.source == SYNTHETIC:
         return None
+    if not config.data.source:
+        raise UserError(
+            "data.source is empty: set it to what is trained on, such as "
+            "--config.data.source=emoji:train, a folder of pictures or a glob of *.array_record"
+        )
     return open_source(
         config.data.source, styles=config.data.styles or None, flags=config.data.flags
     )

@@ -142,6 +142,7 @@ def default_config() -> ConfigDict:
                 "caption_weight": 2.0,
                 "contrastive_weight": 1.0,
                 "chunked": True,
+                "max_logit_scale": 0.0,
                 "image_dropout": 0.0,
                 "label_smoothing": 0.0,
                 "z_loss": 0.0,

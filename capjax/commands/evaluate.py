@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
             max_examples=args.max_examples,
             step=loaded.step,
             captions_file=root / "captions" / f"{name}.jsonl",
-            contrastive=build_objectives(config).contrastive,
+            objectives=build_objectives(config),
         )
     if jax.process_index() == 0:
         writer = JsonlWriter(root / "metrics.jsonl", restored_step=2**62)  # trims torn lines only

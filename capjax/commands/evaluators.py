@@ -15,14 +15,13 @@ from capjax.evaluation.likelihood import evaluate_likelihood
 from capjax.evaluation.retrieval import evaluate_retrieval
 from capjax.evaluation.splits import caption_split, write_captions
 from capjax.models.towers import Towers
-from capjax.objectives.contrastive import ContrastiveObjective
+from capjax.objectives.combined import Objectives
 from capjax.training.loop import Evaluator
 
 
 def build_evaluators(plan: Plan, captions: epath.Path) -> list[Evaluator]:
     """One evaluator for each split; at the end of the run it takes every example."""
     settings = plan.config.evaluate
-    contrastive = plan.objectives.contrastive
 
     def run(name, split, state, step):
         return evaluate_split(
@@ -36,7 +35,7 @@ def build_evaluators(plan: Plan, captions: epath.Path) -> list[Evaluator]:
             max_examples=None if step == plan.total_steps else settings.max_examples,
             step=step,
             captions_file=captions / f"{name}.jsonl",
-            contrastive=contrastive,
+            objectives=plan.objectives,
         )
 
     return [
@@ -57,7 +56,7 @@ def evaluate_split(
     max_examples: int | None,
     step: int,
     captions_file: epath.Path,
-    contrastive: ContrastiveObjective,
+    objectives: Objectives,
 ) -> dict[str, float]:
     """What can be measured of one split: likelihood and captions, retrieval, or all of it.
 
@@ -93,15 +92,15 @@ def evaluate_split(
             write_captions(captions_file, records)
         metrics |= agreement
     if towers.embedder is not None:
-        if towers.coca is not None:  # whose loss this is, whatever the section says
-            contrastive = ContrastiveObjective(kind="softmax")
+        is_coca = towers.coca is not None
+        objective = objectives.coca if is_coca else objectives.contrastive
         with batches() as rows:
             metrics |= evaluate_retrieval(
                 towers.embedder,
                 params,
                 rows,
                 mesh,
-                kind=contrastive.kind,
-                max_logit_scale=contrastive.max_logit_scale,
+                kind="softmax" if is_coca else objectives.contrastive.kind,
+                max_logit_scale=objective.max_logit_scale,
             )
     return metrics

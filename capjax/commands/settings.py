@@ -162,9 +162,10 @@ def _override(config: ConfigDict, text: str) -> None:
     """Sets one field of `config` from `a.b=v`."""
     name, _, value = text.partition("=")
     *sections, key = name.split(".")
-    node = config
-    for depth, part in enumerate([*sections, key]):
-        if depth == len(sections) and value and ".".join(sections) in OPEN_SECTIONS:
+    parent = node = config
+    for part in [*sections, key]:
+        is_open = part is key and value and ".".join(sections) in OPEN_SECTIONS
+        if is_open and isinstance(node, ConfigDict):
             with config.unlocked():
                 node[key] = value
             return

@@ -12,6 +12,7 @@ from capjax.checkpoint import LoadedCheckpoint, RunInfo
 from capjax.checkpoint.metadata import library_versions
 from capjax.commands.build import Plan
 from capjax.commands.settings import resolved_dict
+from capjax.errors import UserError
 from capjax.training.loop import TrainSummary
 from capjax.training.progress import process_age_s
 
@@ -44,6 +45,10 @@ _TEXT_NUMERICS = ("text_causal", "text_pool", "eos_id", "text_pad_id", "mask_pad
 _PIXELS = ("antialias", "mode", "resample")
 
 
+# Parameters with a row or a column for each token.
+_BY_TOKEN = ("token_embedding/embedding", "head/kernel", "head/bias")
+
+
 def warm_start_changes(plan: Plan, loaded: LoadedCheckpoint, names: list[str]) -> list[str]:
     """Of parameters taken from a checkpoint by `names`: what else they were trained with."""
     has_text = any(name.startswith(("decoder/", "text_encoder/")) for name in names)
@@ -60,14 +65,22 @@ def warm_start_changes(plan: Plan, loaded: LoadedCheckpoint, names: list[str]) -
     pixels = dataclasses.asdict(plan.data.preprocessing)
     before = loaded.metadata["preprocessing"]
     pairs += [(f"preprocessing.{name}", pixels[name], before.get(name)) for name in _PIXELS]
-    changes = [
+    return [
         f"{name}={here!r} here, {there!r} where the parameters come from"
         for name, here, there in pairs
         if None not in (here, there) and here != there
     ]
-    if has_text and loaded.tokenizer_model not in (b"", plan.tokenizer.model_bytes):
-        changes.append("another tokenizer than where the parameters come from")
-    return changes
+
+
+def check_tokens(plan: Plan, loaded: LoadedCheckpoint, names: list[str]) -> None:
+    """Raises `UserError` where parameters that go by token come from another tokenizer."""
+    by_token = [name for name in names if name.endswith(_BY_TOKEN)]
+    if by_token and loaded.tokenizer_model not in (b"", plan.tokenizer.model_bytes):
+        raise UserError(
+            f"the warm start takes {', '.join(by_token)}, which a run with another tokenizer "
+            f"trained; set data.tokenizer.path to the tokenizer.model of {plan.warm_start.path}, "
+            "or leave them out with warm_start.exclude"
+        )
 
 
 def devices() -> str:

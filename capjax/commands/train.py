@@ -131,7 +131,7 @@ def first_state(plan, say):
     import jax
 
     from capjax.checkpoint import load_params
-    from capjax.commands.summary import warm_start_changes
+    from capjax.commands.summary import check_tokens, warm_start_changes
     from capjax.training.state import with_params
     from capjax.training.warm_start import warm_start
 
@@ -143,6 +143,7 @@ def first_state(plan, say):
     params, names = warm_start(
         state.params, loaded.params, include=warm.include, exclude=warm.exclude
     )
+    check_tokens(plan, loaded, names)
     say(f"{len(names)} arrays of step {loaded.step} of {warm.path}, such as {names[0]}")
     for change in warm_start_changes(plan, loaded, names):
         say(f"warm start: {change}")

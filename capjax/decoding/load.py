@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from capjax.checkpoint import find_steps, load_params, step_directory
 from capjax.data.images import ImageError, ImagePreprocessing
 from capjax.data.tokenizer import Tokenizer
+from capjax.data.transforms import clean_text
 from capjax.decoding.generate import Generated, check_options, generate
 from capjax.decoding.inputs import ImageLike, compiled_size, pad_rows, read_ahead, to_pixels
 from capjax.decoding.score import score
@@ -174,13 +175,12 @@ class LoadedModel:
     ) -> np.ndarray:
         """float32 [N]: log p(captions[i] | images[i]), summed over the tokens and the end.
 
-        A caption is taken as it is (training may have lower-cased its captions) and cut at the
-        model's text length. Raises `UserError` for lists of different lengths and for an image
-        that cannot be read.
+        Captions are lower-cased where those of training were, and cut at the model's text length.
+        Raises `UserError` for lists of different lengths and for an image that cannot be read.
         """
         if len(images) != len(captions):
             raise UserError(f"{len(images)} images for {len(captions)} captions: give one each")
-        labels = self.tokenizer.encode_batch(captions, self.model.config.text_length)
+        labels = self._encode(captions, self.model.config.text_length)
         return self._map_images(
             lambda batch: score(self.model, self.params, batch["image"], batch["labels"]),
             images,
@@ -207,11 +207,11 @@ class LoadedModel:
         )
 
     def embed_texts(self, texts: Sequence[str], batch_size: int = 32) -> np.ndarray:
-        """float32 [N, D] of length 1. A text is taken as it is, and cut at the text length."""
+        """float32 [N, D] of length 1. Texts are lower-cased where training did so, and cut."""
         if not len(texts) or batch_size < 1:
             raise UserError(f"{len(texts)} texts, batch_size={batch_size}: expected at least 1")
         embedder = self.embedder
-        tokens = self.tokenizer.encode_batch(texts, embedder.config.text_length)
+        tokens = self._encode(texts, embedder.config.text_length)
         outputs = []
         for chunk, _, size in self._chunks(tokens, batch_size):
             made = self._on_device(
@@ -221,6 +221,10 @@ class LoadedModel:
             )
             outputs.append(jax.device_get(made)[: len(chunk)])
         return np.concatenate(outputs)
+
+    def _encode(self, texts: Sequence[str], length: int) -> np.ndarray:
+        lower = self.config.get("captions", {}).get("lower", False)
+        return self.tokenizer.encode_batch([clean_text(text, lower) for text in texts], length)
 
     def pixels(self, image: ImageLike) -> np.ndarray | ImageError:
         """uint8 [size, size, 3], or why the image cannot be read."""

@@ -31,6 +31,7 @@ class CoCaObjective:
       caption_weight: of the captioning loss within it.
       contrastive_weight: of the contrastive loss within it.
       chunked: the contrastive loss never holds the matrix of all pairs; the same value.
+      max_logit_scale: the factor on the cosines is held below this; 0 does not hold it.
       image_dropout: probability that an image's captions are predicted without it; the contrastive
         loss always sees the image.
       label_smoothing: of the captioning loss, spread evenly over the ids other than the label.
@@ -43,13 +44,17 @@ class CoCaObjective:
     caption_weight: float = 2.0
     contrastive_weight: float = 1.0
     chunked: bool = True
+    max_logit_scale: float = 0.0
     image_dropout: float = 0.0
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     normalization: str = "token"
 
     def __post_init__(self):
-        for name in ("weight", "caption_weight", "contrastive_weight", "z_loss"):
+        for name in (
+            *("weight", "caption_weight", "contrastive_weight"),
+            *("z_loss", "max_logit_scale"),
+        ):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise UserError(f"objective.coca.{name}={value}: expected 0 or more")

@@ -16,7 +16,12 @@ from capjax.objectives.captioning import (
     captioning_rows,
 )
 from capjax.objectives.coca import CoCaObjective, coca_prepare, coca_rows
-from capjax.objectives.contrastive import ContrastiveObjective, contrastive_loss, softmax_loss
+from capjax.objectives.contrastive import (
+    ContrastiveObjective,
+    clamped,
+    contrastive_loss,
+    softmax_loss,
+)
 from capjax.objectives.objective import Loss
 
 
@@ -82,6 +87,8 @@ def combined_loss(towers: Towers, objectives: Objectives, captions_per_image: in
     def across(params: Params, embeddings):
         scale, bias = embedder.logit_scale_and_bias(params)
         if towers.coca is not None:
+            if coca.max_logit_scale:
+                scale = clamped(scale, coca.max_logit_scale)
             loss, metrics = softmax_loss(
                 embeddings["image"], embeddings["text"], scale, chunked=coca.chunked
             )
