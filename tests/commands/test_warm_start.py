@@ -6,7 +6,8 @@ import pytest
 
 from capjax.checkpoint import LoadedCheckpoint
 from capjax.commands import build, settings
-from capjax.commands.summary import run_info, warm_start_changes
+from capjax.commands.summary import check_tokens, run_info, warm_start_changes
+from capjax.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -41,5 +42,12 @@ def test_what_the_arrays_do_not_tell_is_said(plan):
         "model.activation='gelu_tanh' here, 'quick_gelu' where the parameters come from",
         "model.mask_padding=False here, True where the parameters come from",
         f"preprocessing.antialias={here} here, {not here} where the parameters come from",
-        "another tokenizer than where the parameters come from",
     ]
+
+
+def test_rows_of_another_tokenizer_are_refused(plan):
+    names = ["decoder/head/kernel", "decoder/norm/scale", "decoder/token_embedding/embedding"]
+    check_tokens(plan, loaded(plan), names)
+    check_tokens(plan, loaded(plan, b"x"), names[1:2])
+    with pytest.raises(UserError, match=r"head/kernel.*another tokenizer.*data\.tokenizer\.path"):
+        check_tokens(plan, loaded(plan, b"x"), names)
