@@ -72,9 +72,10 @@ def test_train_evaluate_use_report(name, config_path, tmp_path):
     if name in ("clip", "coca"):  # by the softmax: the sigmoid's sum would be about 32 log 2
         assert measured["eval/concept/contrastive_loss"] < 2 * np.log(32)
 
-    finish(start("evaluate", f"--workdir={workdir}"))
-    again = metric_lines(workdir)[-1]
-    assert {k: v for k, v in again.items() if k.startswith("eval/")} == pytest.approx(measured)
+    if MEASURED[name] >= CAPTIONS | RETRIEVAL:
+        finish(start("evaluate", f"--workdir={workdir}"))
+        again = metric_lines(workdir)[-1]
+        assert {k: v for k, v in again.items() if k.startswith("eval/")} == pytest.approx(measured)
 
     model = capjax.load(workdir)
     images = [open_source("emoji:concept")[i].image for i in range(3)]
