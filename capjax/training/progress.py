@@ -15,25 +15,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-# Peak dense bf16 FLOP/s of one chip (vendors' data sheets), by what JAX calls the device. Exact
-# names: the PCIe and NVL cards and slices of a card are slower, and unknown here.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 2307e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-}
+from capjax.chips import chip_of
 
 _IMPORTED_AT = time.monotonic()
 
@@ -43,15 +25,15 @@ def peak_flops(devices: Collection[Any]) -> float | None:
 
     A TPU chip may show as two devices (v4 unfused, 7x); its cores share coordinates.
     """
-    if any(device.device_kind not in PEAK_FLOPS for device in devices):
-        return None
-    chips = {
-        (getattr(device, "slice_index", 0), tuple(coords))
-        if (coords := getattr(device, "coords", None)) is not None
-        else device.id: PEAK_FLOPS[device.device_kind]
-        for device in devices
-    }
-    return sum(chips.values()) or None
+    peaks = {}
+    for device in devices:
+        chip = chip_of(device.device_kind)
+        if chip is None:
+            return None
+        coords = getattr(device, "coords", None)
+        place = device.id if coords is None else (getattr(device, "slice_index", 0), tuple(coords))
+        peaks[place] = chip.peak_flops
+    return sum(peaks.values()) or None
 
 
 class Rates(NamedTuple):
