@@ -1,7 +1,6 @@
 """From a config to the objects of the rooms: what `train` and `evaluate` build alike."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from capjax.checkpoint import check_disk_space, find_steps
-from capjax.commands.models import build_objectives, build_towers
+from capjax.commands.program import build_mesh, build_program, check_counts
 from capjax.commands.settings import from_dataclass_kwargs
 from capjax.data.images import ImagePreprocessing
 from capjax.data.inspection import source_texts
@@ -20,13 +19,9 @@ from capjax.data.sources import Source, open_source
 from capjax.data.tokenizer import Tokenizer
 from capjax.data.transforms import Augment, CaptionChoice
 from capjax.errors import UserError
-from capjax.mesh import MeshShape, check_batch_size, make_mesh, num_batch_shards
 from capjax.models.towers import Towers
-from capjax.objectives.combined import Objectives, combined_loss
-from capjax.training.optimizer import OptimizerConfig, make_optimizer
-from capjax.training.schedule import duration
-from capjax.training.state import TrainState, init_state
-from capjax.training.step import make_train_step
+from capjax.objectives.combined import Objectives
+from capjax.training.state import TrainState
 from capjax.training.warm_start import WarmStart
 
 SYNTHETIC = "synthetic"
@@ -63,21 +58,21 @@ class Plan(NamedTuple):
 def build_run(config: ConfigDict, workdir: str) -> Plan:
     """Builds and checks all that the config says, before any compile and without writing a byte."""
     mesh = build_mesh(config)
-    objectives = build_objectives(config)
-    check_counts(config, objectives, mesh)
+    check_counts(config, mesh)
     data, augment = build_data(config), from_dataclass_kwargs(Augment, config.augment, "augment")
     source = build_source(config)
     splits = open_splits(config)
     kept = epath.Path(workdir).expanduser() / "tokenizer.model"
     tokenizer = build_tokenizer(config, source, kept)
-    towers = build_towers(config, objectives, tokenizer.vocab_size, tokenizer.eos_id)
-    optimizer, total_steps = build_optimizer(config, len(source) if source else None)
-    tx, learning_rate = make_optimizer(optimizer, total_steps, towers.unpadded_params())
-    loss = combined_loss(towers, objectives, config.captions.per_image)
-    start = functools.partial(init_state, towers.init, tx, config.seed, ema=optimizer.ema_decay > 0)
-    with jax.set_mesh(mesh):
-        abstract_state = jax.eval_shape(start)
-    check_disk_space(epath.Path(workdir) / "checkpoints", abstract_state, config.checkpoint.keep)
+    program = build_program(
+        config,
+        mesh,
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        num_examples=len(source) if source else None,
+    )
+    checkpoints = epath.Path(workdir) / "checkpoints"
+    check_disk_space(checkpoints, program.abstract_state, config.checkpoint.keep)
     return Plan(
         config=config,
         mesh=mesh,
@@ -86,63 +81,14 @@ def build_run(config: ConfigDict, workdir: str) -> Plan:
         source=source,
         splits=splits,
         tokenizer=tokenizer,
-        objectives=objectives,
-        towers=towers,
         warm_start=build_warm_start(config),
-        total_steps=total_steps,
-        init_state=start,
-        abstract_state=abstract_state,
-        train_step=make_train_step(
-            loss,
-            tx,
-            learning_rate=learning_rate,
-            accumulation_steps=config.accumulation_steps,
-            freeze=optimizer.freeze,
-            ema_decay=optimizer.ema_decay,
-        ),
+        objectives=program.objectives,
+        towers=program.towers,
+        total_steps=program.total_steps,
+        init_state=program.init_state,
+        abstract_state=program.abstract_state,
+        train_step=program.train_step,
     )
-
-
-def build_mesh(config: ConfigDict) -> Mesh:
-    """The mesh over all devices. Raises `UserError` where it does not fit them."""
-    return make_mesh(from_dataclass_kwargs(MeshShape, config.mesh, "mesh"))
-
-
-def check_counts(config: ConfigDict, objectives: Objectives, mesh: Mesh) -> None:
-    """Raises `UserError` for a batch that does not divide, or a number below its least value."""
-    check_batch_size(config.batch_size, mesh)
-    check_batch_size(config.evaluate.batch_size, mesh, "evaluate.batch_size")
-    microbatch, rest = divmod(config.batch_size, max(config.accumulation_steps, 1))
-    if rest:
-        raise UserError(
-            f"accumulation_steps={config.accumulation_steps} does not divide "
-            f"batch_size={config.batch_size}; make the batch a multiple of it"
-        )
-    check_batch_size(microbatch, mesh, "batch_size / accumulation_steps")
-    together = objectives.rows_together(config.captions.per_image)
-    if microbatch % (num_batch_shards(mesh) * together):
-        raise UserError(
-            f"objective.captioning.parallel_draw=fixed keeps {together} consecutive images on a "
-            f"device, but batch_size={config.batch_size} leaves {microbatch} images a microbatch "
-            f"on {num_batch_shards(mesh)} batch shards; make the batch a multiple of "
-            f"{num_batch_shards(mesh) * together * config.accumulation_steps}, or draw bernoulli"
-        )
-    least = {
-        "accumulation_steps": 1,
-        "seed": 0,
-        "log_every_steps": 1,
-        "data.text_length": 2,
-        "checkpoint.keep": 1,
-        "checkpoint.every_steps": 0,
-        "evaluate.every_steps": 0,
-        "evaluate.max_examples": 1,
-        "profile.start_step": 0,
-        "profile.num_steps": 0,
-    }
-    for name, low in least.items():
-        value: Any = functools.reduce(lambda part, key: part[key], name.split("."), config)
-        if value < low:
-            raise UserError(f"{name}={value}: expected at least {low}")
 
 
 def build_data(config: ConfigDict) -> DataPlan:
@@ -222,21 +168,6 @@ def build_warm_start(config: ConfigDict) -> WarmStart:
             "give the workdir or checkpoint to start from"
         )
     return warm
-
-
-def build_optimizer(config: ConfigDict, num_examples: int | None) -> tuple[OptimizerConfig, int]:
-    """The optimizer's settings, and the steps in all. Raises `UserError`."""
-    to_steps = functools.partial(duration, batch_size=config.batch_size, num_examples=num_examples)
-    section = dict(config.optimizer)
-    fixed = {
-        key: section.pop(key) for key in list(section) if key.startswith(("warmup_", "cooldown_"))
-    }
-    for part in ("warmup", "cooldown"):
-        section[f"{part}_steps"] = to_steps(part, fixed, default=0)
-    total_steps = to_steps(
-        "total", {key: config[key] for key in config if key.startswith("total_")}
-    )
-    return from_dataclass_kwargs(OptimizerConfig, section, "optimizer"), total_steps
 
 
 def training_batches(plan: Plan, start: int) -> Batches | Iterator[dict[str, Any]]:

@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> None:
     from capjax.commands import build
     from capjax.commands.evaluators import evaluate_split
     from capjax.commands.models import build_objectives
+    from capjax.commands.program import build_mesh
     from capjax.data.sources import open_source
     from capjax.decoding.load import load
     from capjax.mesh import check_batch_size
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{root} holds an image encoder alone; expected captions or embeddings")
     opened = {name: (source, open_source(source)) for name, source in splits.items()}
     batch_size = args.batch_size or config.evaluate.batch_size
-    mesh = build.build_mesh(config)
+    mesh = build_mesh(config)
     check_batch_size(batch_size, mesh, "--batch_size")
     loaded = loaded.on_mesh(mesh)
     found: dict[str, dict[str, float]] = {}
