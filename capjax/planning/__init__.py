@@ -1,0 +1,1 @@
+"""What a training run needs of the machines, found without them."""
