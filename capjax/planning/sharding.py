@@ -77,7 +77,7 @@ def render(rows: Iterable[Row]) -> str:
         (
             row.name,
             f"{row.dtype}[{','.join(map(str, row.shape))}]",
-            " ".join("+".join(_axes(axes)) or "-" for axes in row.spec),
+            " ".join("+".join(_axes(axes)) or "-" for axes in row.spec) or "-",
             f"{row.bytes / MIB:.3f}",
             f"{row.bytes_a_chip / MIB:.3f}",
             " ".join(row.replicated_over) or "-",
