@@ -1,10 +1,11 @@
 """Where the state of a run lies: how every leaf is split over the mesh, and what a chip holds."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 MIB = 2**20
@@ -31,24 +32,21 @@ class Row(NamedTuple):
     replicated_over: tuple[str, ...]
 
 
-def sharding_table(abstract_state: Any, mesh_shape: Mapping[str, int]) -> list[Row]:
-    """A row for every leaf of a tree of arrays, concrete or abstract, in the tree's order.
-
-    `mesh_shape` has the sizes of the mesh axes (`mesh.shape`), to which the shardings refer.
-    """
+def sharding_table(abstract_state: Any, mesh: Mesh) -> list[Row]:
+    """A row for every leaf of a tree of arrays on `mesh`, concrete or abstract, in its order."""
     return [
-        _row(jax.tree_util.keystr(path, simple=True, separator="/"), x, mesh_shape)
+        _row(jax.tree_util.keystr(path, simple=True, separator="/"), x, mesh)
         for path, x in jax.tree.leaves_with_path(abstract_state)
     ]
 
 
-def _row(name: str, x: Any, mesh_shape: Mapping[str, int]) -> Row:
+def _row(name: str, x: Any, mesh: Mesh) -> Row:
     spec = x.sharding.spec
     spec = P(*spec, *(None,) * (len(x.shape) - len(spec)))
     used = {axis for axes in spec for axis in _axes(axes)}
     size = math.prod(x.shape) * x.dtype.itemsize
-    parts = math.prod(mesh_shape[axis] for axis in used)
-    whole = tuple(axis for axis, count in mesh_shape.items() if count > 1 and axis not in used)
+    parts = math.prod(mesh.shape[axis] for axis in used)
+    whole = tuple(axis for axis, count in mesh.shape.items() if count > 1 and axis not in used)
     return Row(name, x.shape, str(x.dtype), spec, size, size // parts, whole)
 
 

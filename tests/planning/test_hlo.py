@@ -180,6 +180,26 @@ def test_the_parts_of_an_overlapped_collective_are_one():
     assert found == [Collective("all-gather", ("f32[8,16]",), 512, 4, ("fsdp",), 1)] * 2
 
 
+@pytest.mark.parametrize(
+    "branches",
+    ["branch_computations={%yes, %no}", "true_computation=%yes, false_computation=%no"],
+)
+def test_branches_count_as_if_taken(branches):
+    called = f"""
+%yes (w: f32[2,16]) -> f32[2,16] {{
+  %w = f32[2,16]{{1,0}} parameter(0)
+  %r = f32[2,16]{{1,0}} all-reduce(%w), channel_id=3, {FSDP}, to_apply=%add
+  ROOT %q = f32[2,16]{{1,0}} all-reduce(%r), channel_id=3, {FSDP}, to_apply=%add
+}}
+
+%no (w: f32[2,16]) -> f32[2,16] {{
+  ROOT %w = f32[2,16]{{1,0}} parameter(0)
+}}
+"""
+    found = of_lines(f"%c = f32[2,16]{{1,0}} conditional(%p, %s, %s), {branches}", called=called)
+    assert found == [Collective("all-reduce", ("f32[2,16]",), 128, 4, ("fsdp",), 1)] * 2
+
+
 def test_equal_collectives_on_one_channel_are_several():
     """Those of a `shard_map` all have channel 1 on TPUs."""
     lines = [

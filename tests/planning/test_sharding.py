@@ -25,7 +25,7 @@ def table(name: str, optimizer: str = "") -> list[Row]:
         name, (f"--config.optimizer.name={optimizer}",) if optimizer else ()
     )
     program = build_program(config, mesh, vocab_size=VOCAB_SIZE, num_examples=10**9)
-    return sharding_table(program.abstract_state, mesh.shape)
+    return sharding_table(program.abstract_state, mesh)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -85,7 +85,7 @@ def test_rows_of_known_arrays():
         },
         "step": leaf((), P(), jnp.int32),
     }
-    rows = sharding_table(tree, mesh.shape)
+    rows = sharding_table(tree, mesh)
     by_name = {row.name: row for row in rows}
     kernel, batch = by_name["params/kernel"], by_name["params/batch"]
     assert (kernel.bytes, kernel.bytes_a_chip, kernel.replicated_over) == (6 * 2**20, 786432, ())
