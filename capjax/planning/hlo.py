@@ -130,7 +130,7 @@ def _called(op: _Op) -> list[str]:
     return names
 
 
-def _times(computations: dict[str, _Computation], unknown_trips: int) -> Mapping[str, int]:
+def _times(computations: dict[str, _Computation], unknown_trips: int) -> defaultdict[str, int]:
     """How often each computation runs."""
     times: defaultdict[str, int] = defaultdict(int)
     for entry in list(computations)[-1:]:
@@ -149,7 +149,10 @@ def _times(computations: dict[str, _Computation], unknown_trips: int) -> Mapping
 def _trips(
     computations: dict[str, _Computation], computation: _Computation, loop: _Op
 ) -> int | None:
-    """The trips of a loop that counts up by one to a constant; None where it is another loop."""
+    """The trips of a loop that counts up by one to a constant; None where it is another loop.
+
+    From 0, where the text does not tell what it starts from.
+    """
     if found := _TRIPS.search(loop.rest):
         return int(found[1])
     found = re.search(r"condition=%?([\w.\-]+)", loop.rest)
@@ -170,7 +173,7 @@ def _trips(
     if not compare or compare[0].opcode != "compare" or "direction=LT" not in compare[0].rest:
         return None
     begin, end = (value(name) for name in compare[0].operands)
-    return None if begin is None or end is None else max(end - begin, 0)
+    return None if end is None else max(end - (begin or 0), 0)
 
 
 def _collective(
@@ -216,6 +219,7 @@ def _transfer(
         if op.opcode == "recv" and meeting is not None and meeting[0] in op.rest
     ]
     types = max(([_shapes(op.type)[0]] for op in both), key=lambda types: types[0][1])
+    # Slices are counted from 1, and follow each other in the flattened mesh (see `make_mesh`).
     members, devices = _spans(slices[1]), _spans(slices[2])
     group = np.array([(x - 1) * (max(devices) + 1) for x in members])
     name = kind[1].lower().replace("_", "-")
