@@ -62,9 +62,10 @@ def _problem(implementation: str, query_BLNK: Array) -> str:
 
 
 def _backend() -> str:
-    """ "cuda" for GPUs that cuDNN's flash attention runs on, else JAX's name."""
-    name = jax.default_backend()
-    if name != "gpu":
+    """Of the mesh, or without one the default: "cuda" where cuDNN's flash attention runs."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    name = jax.default_backend() if device is None else device.platform
+    if name != "gpu" or name != jax.default_backend():
         return name
     device = jax.local_devices()[0]
     is_cuda = "cuda" in device.client.platform_version

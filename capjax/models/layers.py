@@ -148,19 +148,16 @@ class Projection(nnx.Module):
         self.kernel = parameter(law, in_shape + out_shape, spec)
         bias_spec = gathered(P(*spec[num_in:]))
         self.bias = parameter(bias_law, out_shape, bias_spec) if use_bias else None
-        self.in_size = math.prod(in_shape)
-        self.out_shape = out_shape
+        self.in_shape, self.out_shape = in_shape, out_shape
+        self.spec = spec
         self.in_axis, self.out_axis = gathered(spec)[0], bias_spec[0]
 
     def __call__(self, x: Array) -> Array:
         """(B, L, *in_shape) to (B, L, *out_shape)."""
         batch, length = x.shape[:2]
         rows = jax.typeof(x).sharding.spec[0]  # not split where a single row is the same for all
-        y_BF = jnp.dot(
-            _reshape(x, (batch * length, self.in_size), P(rows, self.in_axis)),
-            _reshape(use(self.kernel, x.dtype), (self.in_size, -1), P(self.in_axis, self.out_axis)),
-            out_sharding=out_sharding(P(rows, self.out_axis)),
-        )
+        x_RD = _reshape(x, (batch * length, math.prod(self.in_shape)), P(rows, self.in_axis))
+        y_BF = _matmul(self.spec, len(self.in_shape), x_RD, self.kernel[...])
         spec = P(rows, None, self.out_axis)
         y = _reshape(y_BF, (batch, length, *self.out_shape), spec)
         if self.bias is None:
@@ -170,6 +167,47 @@ class Projection(nnx.Module):
 
 def _reshape(x: Array, shape: tuple[int, ...], spec: P) -> Array:
     return x.reshape(shape, out_sharding=out_sharding(spec))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _matmul(spec: P, num_in: int, x_RD: Array, kernel: Array) -> Array:
+    """R rows times a kernel with `num_in` input axes, stored as `spec`: (R, D) to (R, F).
+
+    The kernel's gradient is asked for as the kernel is stored, so each device is sent its part of
+    the sum over devices. Left to itself, the compiler sums it whole on every device, and cuts.
+    """
+    rows = jax.typeof(x_RD).sharding.spec[0]
+    _, out_axis = _merged(gathered(spec), num_in)
+    kernel_DF = _used(spec, num_in, x_RD, kernel)
+    return jnp.dot(x_RD, kernel_DF, out_sharding=out_sharding(P(rows, out_axis)))
+
+
+def _matmul_forward(spec, num_in, x_RD, kernel):
+    return _matmul(spec, num_in, x_RD, kernel), (x_RD, kernel)  # as stored: gathered once more
+
+
+def _matmul_backward(spec, num_in, residuals, dy_RF):
+    x_RD, kernel = residuals
+    rows = jax.typeof(x_RD).sharding.spec[0]
+    in_axis, _ = _merged(gathered(spec), num_in)
+    kernel_DF = _used(spec, num_in, x_RD, kernel)
+    dx_RD = jnp.dot(dy_RF, kernel_DF.T, out_sharding=out_sharding(P(rows, in_axis)))
+    dkernel_DF = jnp.dot(x_RD.T, dy_RF, out_sharding=out_sharding(_merged(spec, num_in)))
+    return dx_RD, _reshape(dkernel_DF, kernel.shape, spec).astype(kernel.dtype)
+
+
+def _used(spec: P, num_in: int, x_RD: Array, kernel: Array) -> Array:
+    """The kernel in the type of the rows, (D, F), whole but for its tensor-parallel axis."""
+    kernel = reshard(kernel.astype(x_RD.dtype), gathered(spec))
+    return _reshape(kernel, (x_RD.shape[1], -1), _merged(gathered(spec), num_in))
+
+
+def _merged(spec: P, num_in: int) -> P:
+    """The spec of a kernel whose input axes are one, and its output axes."""
+    return P(*(next(filter(None, axes), None) for axes in (spec[:num_in], spec[num_in:])))
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 class Mlp(nnx.Module):

@@ -225,16 +225,18 @@ def _chunk(settings: _Settings, hidden_CE, kernel_EV, bias_V, labels_C):
     logits_CV = _matmul(hidden_CE, kernel_EV) + jnp.where(is_real_V, bias_V, -jnp.inf)[None, :]
     max_C = logits_CV.max(1)
     max_C = lax.pmax(max_C, axis) if axis else max_C
-    logsumexp_C = max_C + jnp.log(over_vocab(jnp.exp(logits_CV - max_C[:, None]).sum(1)))
-    slope_CV = jnp.exp(logits_CV - logsumexp_C[:, None])
+    exp_CV = jnp.exp(logits_CV - max_C[:, None])
+    sum_C = over_vocab(exp_CV.sum(1))
+    logsumexp_C = max_C + jnp.log(sum_C)
+    slope_CV = exp_CV * (1 / sum_C)[:, None]
     if settings.z_loss:
         slope_CV *= 1 + 2 * settings.z_loss * logsumexp_C[:, None]
     label_logit_C = over_vocab(jnp.where(is_label_CV, logits_CV, 0).sum(1))
     if settings.label_smoothing:
         off = settings.label_smoothing / (settings.vocab_size - 1)
         on = 1 - settings.label_smoothing
-        sum_C = over_vocab(jnp.where(is_real_V[None, :], logits_CV, 0).sum(1))
-        nll_C = logsumexp_C - (on - off) * label_logit_C - off * sum_C
+        all_C = over_vocab(jnp.where(is_real_V[None, :], logits_CV, 0).sum(1))
+        nll_C = logsumexp_C - (on - off) * label_logit_C - off * all_C
         slope_CV -= jnp.where(is_label_CV, on, jnp.where(is_real_V, off, 0)[None, :])
     else:
         nll_C = logsumexp_C - label_logit_C

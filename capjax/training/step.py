@@ -51,16 +51,18 @@ def make_train_step(
         key = jax.random.fold_in(state.key, state.step)
         value, metrics, grads = _gradients(loss, state.params, batch, key, accumulation_steps)
         grad_norm = optax.tree.norm(grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params: Any = optax.apply_updates(state.params, updates)
-        ema = state.ema
-        if ema is not None:
-            ema = update_ema(ema, params, ema_decay, state.step)
         is_finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
-        params, opt_state, ema = jax.tree.map(
-            lambda new, old: jnp.where(is_finite, new, old),
-            (params, opt_state, ema),
-            (state.params, state.opt_state, state.ema),
+
+        def updated(params, opt_state, ema):
+            updates, opt_state = tx.update(grads, opt_state, params)
+            params: Any = optax.apply_updates(params, updates)
+            if ema is not None:
+                ema = update_ema(ema, params, ema_decay, state.step)
+            return params, opt_state, ema
+
+        # A branch: a selection by element would hold the old state and the new at once.
+        params, opt_state, ema = lax.cond(
+            is_finite, updated, lambda *old: old, state.params, state.opt_state, state.ema
         )
         metrics = metrics | {
             "loss": value,
