@@ -45,6 +45,16 @@ COMMANDS = {
         True,
         ("capjax evaluate --workdir=runs/quickstart",),
     ),
+    "plan": Command(
+        "Compile the training step for chips that are not here: memory, traffic, bounds.",
+        False,
+        (
+            "capjax plan --config=cappa_l14 --topology=v5e:8x8",
+            "capjax plan --config=cappa_g14 --topology=v5p:4x4x8 --search --output=plan.json",
+            "capjax plan --config=siglip_b16 --topology='2*v5e:8x8' --config.mesh.replica=2",
+            "capjax plan --config=cappa_l14 --topology=h100:64 --shardings",
+        ),
+    ),
     "config": Command(
         "List the shipped configs, show one, or compare two.",
         False,
@@ -100,8 +110,9 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         module = importlib.import_module(f"capjax.commands.{name}")
         args = parse(name, module, rest)
-        module.run(args)
+        status = module.run(args)
         sys.stdout.flush()
+        return status or 0
     except UserError as error:
         return _report(str(error), 2, verbose)
     except KeyboardInterrupt:
@@ -115,7 +126,6 @@ def main(argv: list[str] | None = None) -> int:
         line = f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
         hint = "" if verbose else " (run with --verbose for the traceback)"
         return _report(line + hint, 1, verbose)
-    return 0
 
 
 def parse(name: str, module, argv: list[str]) -> argparse.Namespace:

@@ -77,10 +77,32 @@ class MeshShape:
 
 
 def make_mesh(shape: MeshShape = MeshShape(), devices: list | None = None) -> Mesh:
-    """The mesh over `devices` (default: all). Raises `UserError` where the shape does not fit."""
+    """The mesh over `devices` (default: all). Raises `UserError` where the shape does not fit.
+
+    Several slices of TPUs, which the slow network joins, follow each other along `replica`.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = shape.resolve(len(devices))
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+    slices = by_slice(devices)
+    if sizes[0] % len(slices):
+        raise UserError(
+            f"mesh.replica={sizes[0]} is not a multiple of the {len(slices)} slices of TPUs; "
+            f"set it to {len(slices)}, so that only copies of the model talk over the slow network"
+        )
+    types = (AxisType.Explicit,) * len(AXES)
+    within = (sizes[0] // len(slices), *sizes[1:])
+    parts = [jax.make_mesh(within, AXES, axis_types=types, devices=part) for part in slices]
+    return Mesh(np.concatenate([part.devices for part in parts]), AXES, axis_types=types)
+
+
+def by_slice(devices: list) -> list[list]:
+    """The devices of each slice of TPUs; all of them as one where there are no slices."""
+    found: dict[int, list] = {}
+    for device in devices:
+        # GPUs have such a number too, one a host, whatever joins the hosts.
+        number = getattr(device, "slice_index", None) if device.platform == "tpu" else None
+        found.setdefault(number or 0, []).append(device)
+    return [found[number] for number in sorted(found)]
 
 
 def num_batch_shards(mesh: Mesh) -> int:

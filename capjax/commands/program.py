@@ -36,7 +36,7 @@ class Program(NamedTuple):
     total_steps: int
     init_state: Callable[[], TrainState]  # to be jitted, within the mesh
     abstract_state: TrainState
-    train_step: Callable
+    train_step: Any  # jitted: (state, batch) -> (state, metrics)
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape, type and sharding of a global batch, as the data pipeline delivers it."""
@@ -57,16 +57,15 @@ class Program(NamedTuple):
             for name, (shape, dtype) in arrays.items()
         }
 
-    def lower(self):
-        """The training step lowered for the mesh's devices, which need not exist (`.compile()`)."""
-        with jax.set_mesh(self.mesh):
-            state = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(
-                    x.shape, x.dtype, sharding=NamedSharding(self.mesh, x.sharding.spec)
-                ),
-                self.abstract_state,
-            )
-            return self.train_step.lower(state, self.abstract_batch())
+    def abstract_inputs(self) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]:
+        """What `train_step` takes, as types on the mesh, whose devices need not be here."""
+        state = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=NamedSharding(self.mesh, x.sharding.spec)
+            ),
+            self.abstract_state,
+        )
+        return state, self.abstract_batch()
 
 
 def build_program(

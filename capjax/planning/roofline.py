@@ -1,0 +1,116 @@
+"""The least time that a step can take, from data-sheet rates: a bound, not a prediction."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
+
+from capjax.planning.hlo import Collective
+from capjax.planning.topology import GPUS_A_NODE, Topology
+
+
+class Network(NamedTuple):
+    """What crosses one set of mesh axes in a step, and the rate at which it can.
+
+    Attributes:
+      axes: of the mesh.
+      is_slow: whether slices (or nodes of GPUs) are joined by the data centre's network there.
+      traffic: bytes that leave one device.
+      bandwidth: bytes a second that one device can send.
+    """
+
+    axes: tuple[str, ...]
+    is_slow: bool
+    traffic: float
+    bandwidth: float
+
+    @property
+    def seconds(self) -> float:
+        """At that rate."""
+        return self.traffic / self.bandwidth
+
+
+class Roofline(NamedTuple):
+    """The parts of a step, in seconds, each at its data-sheet rate.
+
+    Attributes:
+      compute: products of matrices, what is computed again included, at the peak.
+      networks: collectives, by mesh axes.
+      ideal: the model's FLOPs alone at the peak, by which the MFU is counted.
+    """
+
+    compute: float
+    networks: tuple[Network, ...]
+    ideal: float
+
+    @property
+    def overlapped(self) -> float:
+        """Seconds of a step if all that can be is hidden behind the longest part."""
+        return max(self.compute, *(self._busy(is_slow) for is_slow in (False, True)))
+
+    @property
+    def sequential(self) -> float:
+        """Seconds of a step if nothing is."""
+        return self.compute + self._busy(False) + self._busy(True)
+
+    def _busy(self, is_slow: bool) -> float:
+        """Seconds that one of the two networks works; mesh axes may share its links."""
+        return sum(network.seconds for network in self.networks if network.is_slow == is_slow)
+
+
+def roofline(
+    topology: Topology,
+    mesh: Mesh,
+    *,
+    hardware_flops: float,
+    model_flops: float,
+    collectives: Collection[Collective],
+) -> Roofline:
+    """`hardware_flops` of one device, `model_flops` of one step on all; collectives of one."""
+    devices_a_chip = mesh.size / topology.num_chips
+    peak = topology.chip.peak_flops / devices_a_chip
+    traffic: dict[tuple[str, ...], float] = {}
+    for collective in collectives:
+        traffic[collective.axes] = traffic.get(collective.axes, 0.0) + collective.traffic
+    networks = [_network(topology, mesh, axes, sent) for axes, sent in traffic.items()]
+    return Roofline(
+        compute=hardware_flops / peak,
+        networks=tuple(sorted(networks, key=lambda network: -network.seconds)),
+        ideal=model_flops / (topology.chip.peak_flops * topology.num_chips),
+    )
+
+
+def _network(topology: Topology, mesh: Mesh, axes: tuple[str, ...], traffic: float) -> Network:
+    chip, devices_a_chip = topology.chip, mesh.size / topology.num_chips
+    group = _group(mesh, axes)
+    if topology.is_tpu:
+        is_slow = len({getattr(device, "slice_index", None) for device in group}) > 1
+        coordinates = zip(*(device.coords for device in group), strict=True)
+        used = sum(len(set(values)) > 1 for values in coordinates)
+        fast = chip.link_bandwidth * min(used, chip.num_axes) / chip.num_axes
+    else:
+        is_slow = len({device.id // GPUS_A_NODE for device in group}) > 1
+        fast = chip.link_bandwidth
+    # Within one chip (v4 and 7x have two devices) no link is used; its memory bounds it.
+    fast = fast or chip.memory_bandwidth
+    bandwidth = chip.network_bandwidth if is_slow else fast
+    return Network(axes, is_slow, traffic, bandwidth / devices_a_chip)
+
+
+def _group(mesh: Mesh, axes: Sequence[str]) -> list[Any]:
+    """The devices that take part together with the first one along `axes`."""
+    index = tuple(slice(None) if axis in axes else 0 for axis in mesh.axis_names)
+    return list(mesh.devices[index].ravel())
+
+
+def totals(collectives: Collection[Collective]) -> list[Mapping[str, Any]]:
+    """By kind and axes: calls, and bytes that leave one device, the largest first."""
+    rows: dict[tuple, dict[str, Any]] = {}
+    for one in collectives:
+        row = rows.setdefault(
+            (one.kind, one.axes),
+            {"kind": one.kind, "axes": list(one.axes), "calls": 0, "traffic": 0.0},
+        )
+        row["calls"] += one.calls
+        row["traffic"] += one.traffic
+    return sorted(rows.values(), key=lambda row: -row["traffic"])
