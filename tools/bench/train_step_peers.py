@@ -28,10 +28,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from types import SimpleNamespace
 from typing import Any
 
-from peers import Job, is_jax, prepare
+from peers import Job, described, is_jax, prepare
 from timing import alternate
 
 DEFAULT_PEERS = "ours,ours:fixed,big_vision,hugging_face:ved,hugging_face:blip"
@@ -69,27 +68,22 @@ def measure(entries: list[str], job: Job, steps: int) -> list[dict[str, Any]]:
     ]
 
 
-def described(job: Job) -> dict[str, Any]:
-    """The job without its variant, which the entry tells."""
-    return {name: value for name, value in job._asdict().items() if name != "variant"}
-
-
 def mfu(flops_per_s: float, device_kind: str) -> float | None:
     """Share of one device's bfloat16 peak; None where that is not known."""
-    from capjax.training.progress import peak_flops
+    from capjax.chips import chip_of
 
-    peak = peak_flops([SimpleNamespace(device_kind=device_kind, id=0)])
-    return round(flops_per_s / peak, 4) if peak else None
+    chip = chip_of(device_kind)
+    return round(flops_per_s / chip.peak_flops, 4) if chip else None
 
 
-def in_process(entries: list[str], job: Job, args: argparse.Namespace) -> list[dict[str, Any]]:
+def in_process(entries: list[str], job: Job, steps: int, timeout_s: float) -> list[dict[str, Any]]:
     """`measure` in a fresh process; a line that tells of the failure where it fails."""
-    work = json.dumps({"entries": entries, "job": job._asdict(), "steps": args.steps})
+    work = json.dumps({"entries": entries, "job": job._asdict(), "steps": steps})
     command = [sys.executable, __file__, f"--child={work}"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout_s)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        error = f"took longer than {args.timeout_s} s"
+        error = f"took longer than {timeout_s:.0f} s"
     else:
         if not done.returncode:
             return json.loads(done.stdout.splitlines()[-1])
@@ -170,7 +164,7 @@ def main() -> int:
         for number, (px, dtype) in itertools.product(range(args.rounds), places):
             job = base._replace(image_size=px, dtype=dtype)
             for group in groups(entries, interleave=args.interleave):
-                for line in in_process(group, job, args):
+                for line in in_process(group, job, args.steps, args.timeout_s):
                     line["round"] = number
                     print(json.dumps(line), flush=True)
                     lines += [line] * ("error" not in line)

@@ -49,6 +49,11 @@ def prepare(entry: str, job: Job) -> Step:
     return module.prepare(job)
 
 
+def described(job: Job) -> dict[str, Any]:
+    """The job without its variant, which the entry tells."""
+    return {name: value for name, value in job._asdict().items() if name != "variant"}
+
+
 def is_jax(entry: str) -> bool:
     """Whether the entry's framework is JAX, so that several fit in one process."""
     return not entry.startswith("hugging_face")

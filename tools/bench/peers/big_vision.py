@@ -3,12 +3,9 @@
 It starts from capjax's initial parameters, and its rows are parallel where capjax's are, so the
 losses of the two can be compared. The update is that of its `trainers/proj/cappa/generative.py`:
 the same gradients, norms and order, with optax's AdamW as capjax's, which decays kernels alone.
-TensorFlow, which it imports for files only, is left out. Variant: "scan" (default: unrolled).
+Variant: "scan" (default: unrolled).
 """
 
-import importlib.machinery
-import os
-import sys
 import time
 from unittest import mock
 
@@ -21,20 +18,7 @@ from capjax.interop.big_vision import to_arrays
 from capjax.objectives.caption_rows import draw_caption_rows
 from capjax.objectives.captioning_objective import CaptioningObjective
 from peers import B2, LEARNING_RATE, PARALLEL_FRACTION, WEIGHT_DECAY, Job, Step, ours
-
-
-def _import():
-    root = os.environ.get("BIG_VISION")
-    if not root:
-        raise SystemExit("set BIG_VISION to a checkout of github.com/google-research/big_vision")
-    sys.path.insert(0, root)
-    absent = {}
-    for name in ("tensorflow", "tensorflow.io", "tensorflow.io.gfile"):
-        absent[name] = mock.MagicMock(__spec__=importlib.machinery.ModuleSpec(name, None))
-    with mock.patch.dict(sys.modules, absent):
-        import big_vision.models.proj.cappa.cappa as cappa
-        import big_vision.utils as utils
-    return cappa, utils
+from peers.big_vision_checkout import modules
 
 
 def _nested(arrays: dict[str, np.ndarray]) -> dict:
@@ -50,7 +34,7 @@ def _nested(arrays: dict[str, np.ndarray]) -> dict:
 
 def model_of(job: Job):
     """(its model at the job's sizes, its module of utilities)."""
-    cappa, utils = _import()
+    cappa, utils = modules()
     config = ours.captioner(job._replace(variant="")).config
     model = cappa.Model(
         num_heads=config.num_heads,
@@ -123,7 +107,8 @@ def prepare(job: Job) -> Step:
     if job.dtype != "float32":
         raise SystemExit("big_vision's CapPa decoder computes in float32 alone")
     model, utils = model_of(job)
-    reference, state, _, rows = ours.build(job._replace(variant=""))
+    reference, start, _, rows = ours.build(job._replace(variant=""))
+    state = start()
     layout = "scan" if job.variant == "scan" else "loop"
     params = _nested(to_arrays(reference.config, state.params, layout))
     objective = CaptioningObjective(parallel_fraction=PARALLEL_FRACTION)

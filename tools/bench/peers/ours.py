@@ -7,6 +7,7 @@ an implementation of attention (default: what capjax chooses).
 
 import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -70,8 +71,8 @@ def batch_of(job: Job) -> dict[str, np.ndarray]:
     }
 
 
-def build(job: Job) -> tuple[Captioner, Any, Any, dict[str, Any]]:
-    """(model, initial state, jitted step, batch), within the mesh."""
+def build(job: Job) -> tuple[Captioner, Callable[[], Any], Any, dict[str, Any]]:
+    """(model, what makes the initial state, jitted step, batch), for use within the mesh."""
     model = captioner(job)
     tx, schedule = make_optimizer(OPTIMIZER, 1_000_000)
     settings = {
@@ -80,8 +81,8 @@ def build(job: Job) -> tuple[Captioner, Any, Any, dict[str, Any]]:
     }
     loss = functools.partial(captioning_loss, model, **settings)
     step = make_train_step(mean_over_rows(loss), tx, learning_rate=schedule)
-    state = jax.jit(functools.partial(init_state, model.init, tx, 0))()
-    return model, state, step, batch_of(job)
+    start = jax.jit(functools.partial(init_state, model.init, tx, 0))
+    return model, start, step, batch_of(job)
 
 
 def gemm_of(dtype: str):
@@ -112,7 +113,8 @@ def prepare(job: Job) -> Step:
     """See the module."""
     mesh = make_mesh(MeshShape(), jax.devices()[:1])
     jax.set_mesh(mesh)
-    model, state, step, rows = build(job)
+    model, start, step, rows = build(job)
+    state = start()
     batch = place_batch(mesh, rows)
     begin = time.perf_counter()
     compiled = step.lower(state, batch).compile()
