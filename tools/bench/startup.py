@@ -30,6 +30,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from peers import Job, described
 
@@ -93,8 +94,8 @@ def start_ours(entry: str, job: Job, directory: Path) -> None:
         plan = build_run(*args)
         return plan._replace(train_step=functools.partial(first_step, plan.train_step))
 
-    build.build_run = watched
-    train.first_state = watch.timed("init", train.first_state)
+    mock.patch.object(build, "build_run", watched).start()
+    mock.patch.object(train, "first_state", watch.timed("init", train.first_state)).start()
     fields = {
         "data.source": "synthetic",
         "data.tokenizer.path": directory / "tokenizer.model",
