@@ -22,33 +22,36 @@ def largest_batch(
     `measure` compiles for a batch and returns the bytes it needs. They are close to affine in the
     batch, so the line through two tries (through one and `fixed`, the bytes of an empty batch)
     tells where to look; every answer has been compiled. At most `MAX_COMPILES` compiles; it stops
-    where a batch that fits is within a unit, or a fiftieth, of one that does not.
+    where a batch that fits is within a unit, or a fiftieth, of the end of the line or of one that
+    does not fit.
     """
     tries: list[Try] = []
     batch = max(first // unit, 1) * unit
     fits, fails = 0, math.inf
-    while len(tries) < MAX_COMPILES:
+    while True:
         tries.append(Try(batch, measure(batch)))
         if tries[-1].bytes <= available:
             fits = max(fits, batch)
         else:
             fails = min(fails, batch)
-        if fails - fits <= max(unit, fits / 50):
-            break
-        batch = _where(tries, available, fixed) // unit * unit
-        least, most = fits + unit, fails - unit
-        if not least <= batch <= most:  # the line leaves the bracket: it is bent
-            batch = (fits + fails) / 2 // unit * unit if fails < math.inf else 2 * fits
-            batch = int(min(max(batch, least), most))
-    return fits, tries
+        worthwhile = max(unit, fits / 50)
+        if len(tries) == MAX_COMPILES or fails - fits <= worthwhile:
+            return fits, tries
+        batch = _where(tries, available, fixed)
+        is_far = fits < fails / 2 < math.inf
+        if fits and batch < fits + worthwhile and not is_far:
+            return fits, tries
+        if not fits < batch < fails:  # the line leaves the bracket: it is bent
+            batch = math.sqrt(max(fits, unit) * fails) if fails < math.inf else 2 * fits
+        batch = int(min(max(batch // unit * unit, fits + unit), fails - unit))
 
 
-def _where(tries: list[Try], available: int, fixed: int) -> int:
+def _where(tries: list[Try], available: int, fixed: int) -> float:
     """The batch at which the line meets `available`."""
     near = sorted(tries, key=lambda x: abs(x.bytes - available))[:2]
     start, end = (near[0], near[1]) if len(near) > 1 else (Try(0, fixed), near[0])
     slope = (end.bytes - start.bytes) / (end.batch_size - start.batch_size)
-    return int(start.batch_size + (available - start.bytes) / slope) if slope > 0 else 0
+    return start.batch_size + (available - start.bytes) / slope if slope > 0 else 0.0
 
 
 def advice(
@@ -93,6 +96,6 @@ def advice(
     return lines
 
 
-def gib(count: float) -> str:
+def gib(count: float | int) -> str:
     """Bytes in words: "1.53 GiB", "12.1 MiB"."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:.1f} MiB"

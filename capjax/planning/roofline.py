@@ -55,7 +55,7 @@ class Roofline(NamedTuple):
 
     def _busy(self, is_slow: bool) -> float:
         """Seconds that one of the two networks works; mesh axes may share its links."""
-        return sum(network.seconds for network in self.networks if network.is_slow == is_slow)
+        return sum((x.seconds for x in self.networks if x.is_slow == is_slow), 0.0)
 
 
 def roofline(
