@@ -209,7 +209,7 @@ class CoCa(PureModel):
         return self.module(params).decoder.head(hidden_BLE)
 
     def output_head(self, params: Params) -> tuple[Float[Array, "E V"], Float[Array, " V"]]:
-        """Float32 kernel and bias behind `logits`, gathered over `fsdp`, split over `tensor`."""
+        """Float32 kernel and bias behind `logits`, as stored: split over `fsdp` and `tensor`."""
         return self.module(params).decoder.head.parameters()
 
     def start_cache(

@@ -192,7 +192,12 @@ def _matmul_backward(spec, num_in, residuals, dy_RF):
     in_axis, _ = _merged(gathered(spec), num_in)
     kernel_DF = _used(spec, num_in, x_RD, kernel)
     dx_RD = jnp.dot(dy_RF, kernel_DF.T, out_sharding=out_sharding(P(rows, in_axis)))
-    dkernel_DF = jnp.dot(x_RD.T, dy_RF, out_sharding=out_sharding(_merged(spec, num_in)))
+    stored = _merged(spec, num_in)
+    if stored[1] == "fsdp":  # formed transposed: a compiler deals out the parts of the first axis
+        transposed = out_sharding(P(stored[1], stored[0]))
+        dkernel_DF = jnp.dot(dy_RF.T, x_RD, out_sharding=transposed).T
+    else:
+        dkernel_DF = jnp.dot(x_RD.T, dy_RF, out_sharding=out_sharding(stored))
     return dx_RD, _reshape(dkernel_DF, kernel.shape, spec).astype(kernel.dtype)
 
 

@@ -49,17 +49,17 @@ class OutputHead(nnx.Module):
         self.num_tokens = num_tokens
 
     def parameters(self) -> tuple[Float[Array, "E V"], Float[Array, " V"]]:
-        """Kernel and bias, gathered; the bias of padded columns is `MASKED`."""
-        kernel_EV, bias_V = use(self.kernel, jnp.float32), use(self.bias, jnp.float32)
+        """Kernel and bias as stored; the bias of padded columns is `MASKED`."""
+        bias_V = self.bias[...]
         is_token_V = jnp.arange(bias_V.shape[0]) < self.num_tokens
-        return kernel_EV, jnp.where(is_token_V, bias_V, MASKED)
+        return self.kernel[...], jnp.where(is_token_V, bias_V, MASKED)
 
     def __call__(self, hidden_BLE: Float[Array, "B L E"]) -> Float[Array, "B L V"]:
-        kernel_EV, bias_V = self.parameters()
+        _, bias_V = self.parameters()
         logits_BLV = jnp.einsum(
             "BLE,EV->BLV",
             hidden_BLE,
-            kernel_EV.astype(hidden_BLE.dtype),
+            use(self.kernel, hidden_BLE.dtype),
             preferred_element_type=jnp.float32,
         )
         return logits_BLV + bias_V[None, None, :]

@@ -3,8 +3,8 @@
 The logits exist for one chunk of tokens at a time, in float32. Padding tokens are sorted to the
 end and whole chunks of them are skipped, so the work follows the real tokens, not the text length.
 On a mesh each device walks over its own tokens: the kernel is gathered over `fsdp` once, before
-the first chunk, its gradient is summed over the devices once, after the last, and a vocabulary
-split over `tensor` stays split.
+the first chunk, its gradient is summed over the devices once, after the last, and cut over `fsdp`
+again; a vocabulary split over `tensor` stays split.
 
 Letters beyond `capjax.dims`: T tokens (those of one device, B and L flattened), C tokens of a
 chunk, V here the columns of one device.
@@ -95,19 +95,24 @@ def _per_device(function: Callable, settings: _Settings, hidden_BLE, kernel_EV, 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return flat(settings, hidden_BLE, kernel_EV, bias_V, rows)
-    splits = mesh.shape["tensor"]
-    vocab_axis = "tensor" if splits > 1 and bias_V.shape[0] % splits == 0 else None
+    E, V = kernel_EV.shape
+    vocab_axis = "tensor" if mesh.shape["tensor"] > 1 and V % mesh.shape["tensor"] == 0 else None
+    fsdp_axis = "fsdp" if E % mesh.shape["fsdp"] == 0 else None
     settings = settings._replace(batch_axes=BATCH, vocab_axis=vocab_axis)
 
     def device(hidden_BLE, kernel_EV, bias_V, rows):
-        # These casts transpose to the sums over devices: one each, outside the walk over chunks.
-        kernel_EV, bias_V = _varying((kernel_EV, bias_V), BATCH)
+        # These casts transpose to the sums over devices: one each, outside the walk over chunks;
+        # and the gathering to a sum of which each device is sent its part.
+        bias_V = _varying(bias_V, BATCH)
+        kernel_EV = _varying(kernel_EV, tuple(axis for axis in BATCH if axis != fsdp_axis))
+        if fsdp_axis and mesh.shape["fsdp"] > 1:
+            kernel_EV = lax.all_gather(kernel_EV, "fsdp", axis=0, tiled=True)
         if vocab_axis:
             hidden_BLE = _varying(hidden_BLE, (vocab_axis,))
         total, nll_BL = flat(settings, hidden_BLE, kernel_EV, bias_V, rows)
         return lax.psum(total, BATCH), nll_BL
 
-    specs = (act_BLD, P(None, vocab_axis), P(vocab_axis), tuple(act_BL for _ in rows))
+    specs = (act_BLD, P(fsdp_axis, vocab_axis), P(vocab_axis), tuple(act_BL for _ in rows))
     arguments = jax.tree.map(reshard, (hidden_BLE, kernel_EV, bias_V, rows), specs)
     return jax.shard_map(device, in_specs=specs, out_specs=(P(), act_BL))(*arguments)
 
