@@ -85,7 +85,7 @@ def plan_loss() -> dict[str, Any]:
         mesh,
         hardware_flops=count_flops(traced.jaxpr, 0),
         model_flops=3 * 2.0 * LOSS_BATCH**2 * LOSS_WIDTH,
-        collectives=hlo.collectives(compiled.as_text(), dict(mesh.shape), 0),
+        collectives=hlo.collectives(compiled.as_text() or "", dict(mesh.shape), 0),
     )
     return {
         "compile_s": time.monotonic() - begin,

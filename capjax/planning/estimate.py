@@ -13,17 +13,6 @@ from capjax.training.state import TrainState
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
-# Equations that compilers fuse into what reads their results.
-_FUSED = frozenset(
-    """
-    abs add add_any and broadcast_in_dim clamp convert_element_type div eq erf exp exp2 expand_dims
-    floor ge gt integer_pow iota is_finite le log log1p logistic lt max min mul ne neg not or pad
-    pcast pow rem reshape rsqrt select_n shift_left shift_right_logical sign slice sqrt square
-    squeeze stop_gradient sub tanh transpose xor
-    """.split()  # noqa: SIM905
-)
-
-
 class Memory(NamedTuple):
     """Bytes of one device.
 
@@ -84,9 +73,8 @@ def estimated_memory(program: ClosedJaxpr, state: TrainState, batch: Any) -> Mem
     """Of a traced step (`jitted.trace(state, batch).jaxpr`), without compiling it.
 
     The temporaries are the most bytes that live at once if the equations run in the order of the
-    trace, each result is held until its last use, and the results of elementwise equations and
-    changes of layout with one use are never held, as a compiler fuses them. What the state's
-    buffers, which a step donates, save of its new values is subtracted.
+    trace and each result is held until its last use; the new state, which takes the place of the
+    old, is not counted. Compilers fuse some of it away, and add copies and layouts of their own.
     """
     exact = argument_memory(state, batch)
     results = device_bytes([x for x in (state.params, state.opt_state, state.ema) if x is not None])
@@ -102,20 +90,17 @@ def bytes_wanted(message: str) -> int | None:
 def live_bytes(program: Jaxpr) -> int:
     """The most bytes of one device that the program's own results take at once."""
     last_use: dict[Any, int] = {}
-    uses: dict[Any, int] = {}
     for number, equation in enumerate(program.eqns):
         for variable in equation.invars:
             if not isinstance(variable, Literal):
                 last_use[variable] = number
-                uses[variable] = uses.get(variable, 0) + 1
     last_use |= {x: len(program.eqns) for x in program.outvars if not isinstance(x, Literal)}
     held: dict[Any, int] = {}
     now = most = 0
     for number, equation in enumerate(program.eqns):
         inside = max((live_bytes(part) for part in subprograms(equation)), default=0)
         for variable in equation.outvars:
-            is_fused = equation.primitive.name in _FUSED and uses.get(variable, 0) <= 1
-            if variable in last_use and not (is_fused and last_use[variable] < len(program.eqns)):
+            if variable in last_use:
                 held[variable] = _bytes(variable)
                 now += held[variable]
         most = max(most, now + inside)

@@ -14,7 +14,7 @@ from capjax.planning.estimate import (
     live_bytes,
 )
 
-FACTOR = 2.0  # XLA on a CPU fuses less than the estimate takes for granted
+FACTOR = 1.6  # XLA fuses what the estimate holds, and adds copies and layouts
 
 
 @pytest.fixture(scope="module")
