@@ -87,7 +87,7 @@ def advice(
     lines.append(f"activations: about {each / 2**20:.3g} MiB a device for an image of the batch")
     if largest < unit:
         return lines
-    lines[-1] += f"; batch_size={largest * accumulation_steps} may fit (--search makes sure)"
+    lines.append(f"batch_size={largest * accumulation_steps} may fit (--search makes sure)")
     steps = accumulation_steps
     while batch_size // steps > largest and batch_size % (2 * steps * unit) == 0:
         steps *= 2

@@ -99,10 +99,10 @@ def _time(facts: Mapping[str, Any]) -> str:
                 f"{network['seconds'] * 1e3:10,.1f} ms",
             )
         )
-    for key, label in (
-        ("overlapped", "step, all overlapped"),
-        ("sequential", "step, nothing overlapped"),
-    ):
+    bounds = {"overlapped": "step, all overlapped", "sequential": "step, nothing overlapped"}
+    if not times["has_networks"]:
+        bounds = {"overlapped": "step"}
+    for key, label in bounds.items():
         bound = times[key]
         rows.append(
             (
