@@ -52,66 +52,75 @@ def step_facts(
     run: Run, traced: Any, state: Any, batch: Any, *, topology: Topology, mesh: Mesh, doing: Doing
 ) -> dict[str, Any]:
     """The facts of a traced step (`jitted.trace(state, batch)`); compiles it where it can be."""
-    exact = estimate.argument_memory(state, batch)
-    hardware = count_flops(traced.jaxpr, unknown_trips=NUM_CHUNKS)
-    model = run.flops_per_image * run.batch_size
-    facts: dict[str, Any] = run._asdict() | {
-        "topology": str(topology),
-        "num_chips": topology.num_chips,
-        "num_devices": mesh.size,
-        "mesh": dict(mesh.shape),
-        "chip": topology.chip.name,
-        "is_estimate": not topology.is_tpu,
-        "versions": {"jax": jax.__version__},
-        "flops": {
-            "model_per_image": run.flops_per_image,
-            "model_per_step": model,
-            "hardware_per_device": hardware,
-        },
-    }
     found: list[hlo.Collective] | None = None
+    about: dict[str, Any] = {"versions": {"jax": jax.__version__}}
     if topology.is_tpu:
         kind = mesh.devices.flat[0].device_kind
         begin = time.monotonic()
         with doing(f"compiling batch {run.batch_size:,} for {mesh.size} x {kind}"):
             compiled, needed = _compile(traced, mesh)
-        facts["compile_s"] = time.monotonic() - begin
-        facts["versions"]["libtpu"] = _libtpu_version()
+        about["compile_s"] = time.monotonic() - begin
+        about["versions"]["libtpu"] = _libtpu_version()
+        memory = estimate.argument_memory(state, batch)
         if compiled is not None:
-            exact = estimate.compiled_memory(compiled, state, batch)
-            needed = exact.peak
-            text = compiled.as_text()
-            found = hlo.collectives(text, dict(mesh.shape), unknown_trips=NUM_CHUNKS)
+            memory = estimate.compiled_memory(compiled, state, batch)
+            needed = memory.peak
+            found = hlo.collectives(compiled.as_text(), dict(mesh.shape), NUM_CHUNKS)
     else:
-        exact = estimate.estimated_memory(traced.jaxpr, state, batch)
-        needed = exact.peak
+        memory = estimate.estimated_memory(traced.jaxpr, state, batch)
+        needed = memory.peak
     available = topology.device_memory(mesh.size)
-    facts["memory"] = exact._asdict() | {
-        "needed": needed,
-        "available": available,
-        "fits": needed <= available,
+    is_too_much = needed > available
+    return {
+        **run._asdict(),
+        "topology": str(topology),
+        "chip": topology.chip.name,
+        "num_chips": topology.num_chips,
+        "num_devices": mesh.size,
+        "mesh": dict(mesh.shape),
+        "is_estimate": not topology.is_tpu,
+        **about,
+        "memory": memory._asdict()
+        | {"needed": needed, "available": available, "fits": not is_too_much},
+        **_speed_facts(run, traced, topology, mesh, found),
+        "advice": _advice(run, memory, needed, available, mesh) if is_too_much else [],
     }
-    facts["collectives"] = totals(found or [])
+
+
+def _advice(
+    run: Run, memory: estimate.Memory, needed: int, available: int, mesh: Mesh
+) -> list[str]:
+    return fit.advice(
+        needed=needed,
+        available=available,
+        state=memory.state,
+        gradients=memory.parameters,
+        batch_size=run.batch_size,
+        accumulation_steps=run.accumulation_steps,
+        unit=run.microbatch_unit,
+        fsdp=mesh.shape["fsdp"],
+        num_copies=mesh.shape["replica"] * mesh.shape["data"],
+        remat=run.remat,
+    )
+
+
+def _speed_facts(
+    run: Run, traced: Any, topology: Topology, mesh: Mesh, found: list[hlo.Collective] | None
+) -> dict[str, Any]:
+    hardware = count_flops(traced.jaxpr, unknown_trips=NUM_CHUNKS)
+    model = run.flops_per_image * run.batch_size
     times = roofline(
         topology, mesh, hardware_flops=hardware, model_flops=model, collectives=found or []
     )
-    facts["time"] = _time_facts(times, run, topology)
-    facts["time"]["has_networks"] = found is not None
-    facts["advice"] = []
-    if needed > available:
-        facts["advice"] = fit.advice(
-            needed=needed,
-            available=available,
-            state=exact.state,
-            gradients=exact.parameters,
-            batch_size=run.batch_size,
-            accumulation_steps=run.accumulation_steps,
-            unit=run.microbatch_unit,
-            fsdp=mesh.shape["fsdp"],
-            num_copies=mesh.shape["replica"] * mesh.shape["data"],
-            remat=run.remat,
-        )
-    return facts
+    return {
+        "flops": {
+            "model_per_image": run.flops_per_image,
+            "model_per_step": model,
+            "hardware_per_device": hardware,
+        },
+        "collectives": totals(found or []),
+        "time": _time_facts(times, run, topology) | {"has_networks": found is not None},
+    }
 
 
 def _compile(traced: Any, mesh: Mesh) -> tuple[Any, int]:
