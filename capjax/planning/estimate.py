@@ -81,10 +81,17 @@ def estimated_memory(program: ClosedJaxpr, state: TrainState, batch: Any) -> Mem
     return exact._replace(temporaries=max(live_bytes(program.jaxpr) - results, 0))
 
 
-def bytes_wanted(message: str) -> int | None:
-    """Of the compiler's words on a program that is too large: what it needs. None: other words."""
-    found = re.search(r"Used ([\d.]+)([KMG]?) of [\d.]+[KMG]? (?:\w+)", message)
-    return round(float(found[1]) * _UNITS[found[2]]) if found else None
+def bytes_wanted(message: str, arguments: int) -> int | None:
+    """What a program that the compiler refuses needs, from its words; None where they are others.
+
+    It tells of all memory, or of the temporaries alone: then the `arguments` (bytes) come on top.
+    """
+    number = r"([\d.]+)([KMG]?)"
+    if found := re.search(rf"Used {number} of [\d.]+[KMG]? hbm", message):
+        return round(float(found[1]) * _UNITS[found[2]])
+    if found := re.search(rf"required for HLO temporaries \({number}\) exceeds", message):
+        return arguments + round(float(found[1]) * _UNITS[found[2]])
+    return None
 
 
 def live_bytes(program: Jaxpr) -> int:

@@ -54,14 +54,14 @@ def step_facts(
     """The facts of a traced step (`jitted.trace(state, batch)`); compiles it where it can be."""
     found: list[hlo.Collective] | None = None
     about: dict[str, Any] = {"versions": {"jax": jax.__version__}}
+    memory = estimate.argument_memory(state, batch)
     if topology.is_tpu:
         kind = mesh.devices.flat[0].device_kind
         begin = time.monotonic()
         with doing(f"compiling batch {run.batch_size:,} for {mesh.size} x {kind}"):
-            compiled, needed = _compile(traced, mesh)
+            compiled, needed = _compile(traced, mesh, memory.peak)
         about["compile_s"] = time.monotonic() - begin
         about["versions"]["libtpu"] = _libtpu_version()
-        memory = estimate.argument_memory(state, batch)
         if compiled is not None:
             memory = estimate.compiled_memory(compiled, state, batch)
             needed = memory.peak
@@ -123,14 +123,17 @@ def _speed_facts(
     }
 
 
-def _compile(traced: Any, mesh: Mesh) -> tuple[Any, int]:
-    """(the compiled step, 0), or (None, the bytes of a device that it would need)."""
+def _compile(traced: Any, mesh: Mesh, arguments: int) -> tuple[Any, int]:
+    """(the compiled step, 0), or (None, the bytes of a device that it would need).
+
+    `arguments` are the bytes of what the step is given.
+    """
     with jax.set_mesh(mesh):
         lowered = traced.lower()
         try:
             return lowered.compile(), 0
         except jax.errors.JaxRuntimeError as error:
-            needed = estimate.bytes_wanted(str(error))
+            needed = estimate.bytes_wanted(str(error), arguments)
             if needed is None:
                 raise
             return None, needed

@@ -67,6 +67,11 @@ def test_live_bytes_of_a_chain_and_of_what_is_kept():
 
 
 def test_what_a_compiler_says_of_too_large_a_program():
-    text = "Ran out of memory in memory space hbm. Used 18.27G of 15.75G hbm. Exceeded by 2.52G."
-    assert bytes_wanted(text) == round(18.27 * 2**30)
-    assert bytes_wanted("something else") is None
+    everything = "Ran out of memory in memory space hbm. Used 18.27G of 15.75G hbm. Exceeded hbm"
+    temporaries = (
+        "Ran out of memory on HBM, the total memory required for HLO temporaries (232.72G) exceeds "
+        "available HBM (15.75G)."
+    )
+    assert bytes_wanted(everything, 1000) == round(18.27 * 2**30)
+    assert bytes_wanted(temporaries, 1000) == 1000 + round(232.72 * 2**30)
+    assert bytes_wanted("something else", 1000) is None
