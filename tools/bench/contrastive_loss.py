@@ -4,13 +4,15 @@
 
 Prints one JSON line a loss and batch. Of value and gradients in image, text, scale and bias:
 
-    full        the textbook's lines on the B x B logits
+    full        the textbook's lines on the B x B logits; of the sigmoid, those of big_vision's
+                `trainers/proj/image_text/siglip.py`
     checkpoint  the same lines over chunks of 1024 captions, `lax.scan` with `jax.checkpoint`
     chunked     capjax's, its metrics included
 
 `temp_mb` are XLA's temporary bytes, known from compiling alone; `floor_mb` are the embeddings and
 their gradients. `cpu_s` are seconds of this process's cores, the median of rounds in which the
-three take turns, and hold on a machine that others use too; `wall_s` are not.
+three take turns, and hold on a machine that others use too; `wall_s` are not. `chunked_over_full`
+and `chunked_over_checkpoint` are ratios of the two.
 """
 
 import argparse
@@ -147,9 +149,11 @@ def main() -> None:
             print(json.dumps({"loss": kind, "batch_size": batch_size} | found | common), flush=True)
         for batch_size in map(int, filter(None, args.time.split(","))):
             found = seconds(kind, batch_size, args.width, args.rounds)
-            cpu = found["cpu_s"]
-            ratios = {k: round(cpu["chunked"] / cpu[k], 3) for k in ("full", "checkpoint")}
-            line = {"loss": kind, "batch_size": batch_size} | found | {"chunked_over": ratios}
+            line = {"loss": kind, "batch_size": batch_size} | found
+            for peer in ("full", "checkpoint"):
+                line[f"chunked_over_{peer}"] = {
+                    unit: round(times["chunked"] / times[peer], 3) for unit, times in found.items()
+                }
             print(json.dumps(line | common), flush=True)
 
 
