@@ -11,9 +11,9 @@ Keys (bytes, FLOPs and seconds; "device" is what JAX calls one: a chip, or half 
                   (0 the last three where the compiler refused); needed, available, fits
     flops         model_per_image, model_per_step; hardware_per_device has what is computed again
     collectives   kind, axes, calls, traffic (bytes that leave one device) in a step
-    time          compute_s; networks: axes, is_slow, traffic, bandwidth, seconds; has_networks;
-                  of the bounds `overlapped` and `sequential`: step_s, mfu, images_per_s, days,
-                  chip_hours
+    time          compute_s; has_networks; networks: axes, is_permute, is_slow, traffic,
+                  bandwidth, seconds; of the bounds `overlapped` and `sequential`: step_s, mfu,
+                  images_per_s, days, chip_hours
     advice        what to change, where it does not fit
     tries, largest_batch   of --search: every batch_size compiled, and the bytes it needs
 """

@@ -75,7 +75,7 @@ def advice(
     fixed = state + gradients
     lines = [f"parameters, optimizer and gradients alone: {gib(fixed)} a device at fsdp={fsdp}"]
     if num_copies > 1:
-        lines[0] += f"; {gib(fixed // num_copies)} at mesh.fsdp={fsdp * num_copies}, mesh.data=1"
+        lines[0] += f"; {gib(fixed // num_copies)} at mesh.fsdp={fsdp * num_copies}"
     if remat != "full":
         better = "dots or full" if remat == "none" else "full"
         lines.append(f"model.remat={better} keeps fewer activations (now {remat})")

@@ -10,16 +10,18 @@ from capjax.planning.topology import GPUS_A_NODE, Topology
 
 
 class Network(NamedTuple):
-    """What crosses one set of mesh axes in a step, and the rate at which it can.
+    """What crosses a set of mesh axes in a step, and the rate at which it can.
 
     Attributes:
       axes: of the mesh.
+      is_permute: whether each device sends to one other only, over one link of a torus.
       is_slow: whether slices (or nodes of GPUs) are joined by the data centre's network there.
       traffic: bytes that leave one device.
       bandwidth: bytes a second that one device can send.
     """
 
     axes: tuple[str, ...]
+    is_permute: bool
     is_slow: bool
     traffic: float
     bandwidth: float
@@ -69,10 +71,11 @@ def roofline(
     """`hardware_flops` of one device, `model_flops` of one step on all; collectives of one."""
     devices_a_chip = mesh.size / topology.num_chips
     peak = topology.chip.peak_flops / devices_a_chip
-    traffic: dict[tuple[str, ...], float] = {}
-    for collective in collectives:
-        traffic[collective.axes] = traffic.get(collective.axes, 0.0) + collective.traffic
-    networks = [_network(topology, mesh, axes, sent) for axes, sent in traffic.items()]
+    traffic: dict[tuple[tuple[str, ...], bool], float] = {}
+    for one in collectives:
+        key = one.axes, one.kind == "collective-permute"
+        traffic[key] = traffic.get(key, 0.0) + one.traffic
+    networks = [_network(topology, mesh, *key, sent) for key, sent in traffic.items()]
     return Roofline(
         compute=hardware_flops / peak,
         networks=tuple(sorted(networks, key=lambda network: -network.seconds)),
@@ -80,13 +83,17 @@ def roofline(
     )
 
 
-def _network(topology: Topology, mesh: Mesh, axes: tuple[str, ...], traffic: float) -> Network:
+def _network(
+    topology: Topology, mesh: Mesh, axes: tuple[str, ...], is_permute: bool, traffic: float
+) -> Network:
     chip, devices_a_chip = topology.chip, mesh.size / topology.num_chips
     group = _group(mesh, axes)
     if topology.is_tpu:
         is_slow = len({getattr(device, "slice_index", None) for device in group}) > 1
         coordinates = zip(*(device.coords for device in group), strict=True)
         used = sum(len(set(values)) > 1 for values in coordinates)
+        if is_permute:
+            used = min(used, 0.5)  # one of an axis's two links
         fast = chip.link_bandwidth * min(used, chip.num_axes) / chip.num_axes
     else:
         is_slow = len({device.id // GPUS_A_NODE for device in group}) > 1
@@ -94,7 +101,7 @@ def _network(topology: Topology, mesh: Mesh, axes: tuple[str, ...], traffic: flo
     # Within one chip (v4 and 7x have two devices) no link is used; its memory bounds it.
     fast = fast or chip.memory_bandwidth
     bandwidth = chip.network_bandwidth if is_slow else fast
-    return Network(axes, is_slow, traffic, bandwidth / devices_a_chip)
+    return Network(axes, is_permute, is_slow, traffic, bandwidth / devices_a_chip)
 
 
 def _group(mesh: Mesh, axes: Sequence[str]) -> list[Any]:

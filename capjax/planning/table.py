@@ -64,11 +64,11 @@ def _work(facts: Mapping[str, Any]) -> str:
     flops = facts["flops"]
     ideal = flops["model_per_step"] / facts["num_devices"]
     rows = [
-        ("model, an image", f"{flops['model_per_image'] / 1e9:,.1f} GFLOP"),
-        ("model, a step", f"{flops['model_per_step'] / 1e12:,.1f} TFLOP"),
+        ("model, an image", f"{flops['model_per_image'] / 1e9:,.4g} GFLOP"),
+        ("model, a step", f"{flops['model_per_step'] / 1e12:,.4g} TFLOP"),
         (
             f"computed by a {_device(facts)}, a step",
-            f"{flops['hardware_per_device'] / 1e12:,.2f} TFLOP, "
+            f"{flops['hardware_per_device'] / 1e12:,.4g} TFLOP, "
             f"{flops['hardware_per_device'] / ideal:.2f} times its share of the model's",
         ),
     ]
@@ -92,10 +92,11 @@ def _time(facts: Mapping[str, Any]) -> str:
     times = facts["time"]
     rows = [("matrix products at the peak", f"{times['compute_s'] * 1e3:10,.1f} ms")]
     for network in times["networks"]:
-        slow = ", slow network" if network["is_slow"] else ""
+        how = ", to one neighbour" if network["is_permute"] else ""
+        how += ", slow network" if network["is_slow"] else ""
         rows.append(
             (
-                f"{'+'.join(network['axes'])} at {network['bandwidth'] / 1e9:g} GB/s{slow}",
+                f"{'+'.join(network['axes'])} at {network['bandwidth'] / 1e9:g} GB/s{how}",
                 f"{network['seconds'] * 1e3:10,.1f} ms",
             )
         )
