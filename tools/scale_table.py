@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 PLANS = {
-    "cappa_l14_v5e": "cappa_l14 --topology=v5e:8x8 --config.mesh.data=8 --config.model.remat=full",
-    "cappa_l14_v5p": "cappa_l14 --topology=v5p:4x4x4 --config.mesh.data=4",
-    "siglip_b16_v5e": "siglip_b16 --topology=v5e:8x8 --config.mesh.data=8 --config.model.remat=full",
-    "cappa_g14_v5p": "cappa_g14 --topology=v5p:4x4x8 --config.mesh.data=8 --config.model.remat=dots",
+    "l14_v5e": "cappa_l14 --topology=v5e:8x8 --config.mesh.data=8 --config.model.remat=full",
+    "l14_v5p": "cappa_l14 --topology=v5p:4x4x4 --config.mesh.data=4",
+    "siglip_v5e": "siglip_b16 --config.model.remat=full --topology=v5e:8x8 --config.mesh.data=8",
+    "g14_v5p": "cappa_g14 --topology=v5p:4x4x8 --config.mesh.data=8 --config.model.remat=dots",
 }
 LOSS = "sigmoid_1m_v5p"
 LOSS_BATCH, LOSS_WIDTH, LOSS_TOPOLOGY = 2**20, 768, "v5p:8x8x8"
