@@ -42,7 +42,7 @@ def main() -> None:
         if name == LOSS:
             output.write_text(json.dumps(plan_loss(), indent=2) + "\n")
         else:
-            command = f"plan --config={PLANS[name]} --compile_cache=none --output={output}"
+            command = f"plan --config={PLANS[name]} --output={output}"
             subprocess.run([sys.executable, "-m", "capjax.cli", *command.split()], check=False)
 
 

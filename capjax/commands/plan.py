@@ -26,16 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--shardings", action="store_true", help="print where every array lies")
     parser.add_argument("--output", metavar="FILE.json", help="write all figures there, by name")
-    parser.add_argument(
-        "--compile_cache",
-        metavar="DIR|none",
-        help="where compiled programs are kept (default: the user's cache directory)",
-    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the plan; returns 0 where the step fits and 1 where not. Raises `UserError`."""
-    from capjax.commands import runtime, settings
+    from capjax.commands import settings
     from capjax.planning.topology import parse_topology, planned_devices, prepare
 
     topology = parse_topology(args.topology)
@@ -44,7 +39,6 @@ def run(args: argparse.Namespace) -> int:
     if output is not None and (output.is_dir() or not output.parent.is_dir()):
         raise UserError(f"--output={output}: expected a file in an existing directory")
     prepare(topology)
-    runtime.keep_compiled(args.compile_cache)
 
     from capjax.commands.program import build_mesh, check_counts
     from capjax.planning import sharding, table

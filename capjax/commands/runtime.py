@@ -48,7 +48,11 @@ def start(args: argparse.Namespace) -> None:
         jax.config.update("jax_num_cpu_devices", args.num_cpu_devices)
         # Two programs in flight can take each other's threads and wait in a collective for ever.
         jax.config.update("jax_cpu_enable_async_dispatch", args.num_cpu_devices == 1)
-    keep_compiled(args.compile_cache)
+    directory = compile_cache(args.compile_cache)
+    if directory is not None:
+        jax.config.update("jax_compilation_cache_dir", str(directory))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     if distributed is not None:
         jax.distributed.initialize(**distributed)
     try:
@@ -76,17 +80,6 @@ def _distributed(args: argparse.Namespace) -> dict[str, Any] | None:
             f"--process_id={args.process_id}: give all three, the id from 0 to the number less 1"
         )
     return given
-
-
-def keep_compiled(asked: str | None) -> None:
-    """Has JAX keep compiled programs in the directory of `compile_cache`. Raises `UserError`."""
-    import jax
-
-    directory = compile_cache(asked)
-    if directory is not None:
-        jax.config.update("jax_compilation_cache_dir", str(directory))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def compile_cache(asked: str | None) -> Path | None:

@@ -79,6 +79,8 @@ def prepare(topology: Topology) -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")
+    # JAX writes programs for absent devices to its cache, but cannot read them from there.
+    jax.config.update("jax_enable_compilation_cache", False)
     if not topology.is_tpu:  # traced for as many devices, of which none computes
         jax.config.update("jax_num_cpu_devices", topology.num_chips)
 

@@ -15,7 +15,7 @@ SMALL = (
 
 
 def plan(*arguments):
-    command = [sys.executable, "-m", "capjax.cli", "plan", *arguments, "--compile_cache=none"]
+    command = [sys.executable, "-m", "capjax.cli", "plan", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
