@@ -64,11 +64,11 @@ def _work(facts: Mapping[str, Any]) -> str:
     flops = facts["flops"]
     ideal = flops["model_per_step"] / facts["num_devices"]
     rows = [
-        ("model, an image", f"{flops['model_per_image'] / 1e9:,.4g} GFLOP"),
-        ("model, a step", f"{flops['model_per_step'] / 1e12:,.4g} TFLOP"),
+        ("model, an image", f"{_number(flops['model_per_image'] / 1e9)} GFLOP"),
+        ("model, a step", f"{_number(flops['model_per_step'] / 1e12)} TFLOP"),
         (
             f"computed by a {_device(facts)}, a step",
-            f"{flops['hardware_per_device'] / 1e12:,.4g} TFLOP, "
+            f"{_number(flops['hardware_per_device'] / 1e12)} TFLOP, "
             f"{flops['hardware_per_device'] / ideal:.2f} times its share of the model's",
         ),
     ]
@@ -135,6 +135,10 @@ def _tries(facts: Mapping[str, Any]) -> str:
 
 def _device(facts: Mapping[str, Any]) -> str:
     return "chip" if facts["num_devices"] == facts["num_chips"] else "device (half a chip)"
+
+
+def _number(x: float) -> str:
+    return f"{x:,.0f}" if x >= 1000 else f"{x:.4g}"
 
 
 def _table(title: str, rows: list[tuple[str, str]]) -> str:
