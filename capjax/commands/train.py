@@ -137,7 +137,10 @@ def first_state(plan, say):
 
     warm = plan.warm_start
     loaded = load_params(warm.path) if warm.path else None
-    state = jax.jit(plan.init_state)()
+    # It runs once: on a CPU, optimizing it takes seconds more than it saves.
+    is_cpu = jax.default_backend() == "cpu"
+    options = {"xla_backend_optimization_level": 1} if is_cpu else None
+    state = jax.jit(plan.init_state, compiler_options=options)()
     if loaded is None:
         return state
     params, names = warm_start(

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
@@ -35,6 +36,7 @@ from capjax.models.parameters import (
     xavier_uniform,
     zeros,
 )
+from capjax.models.stack import MATMUL
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -158,6 +160,7 @@ class Projection(nnx.Module):
         rows = jax.typeof(x).sharding.spec[0]  # not split where a single row is the same for all
         x_RD = _reshape(x, (batch * length, math.prod(self.in_shape)), P(rows, self.in_axis))
         y_BF = _matmul(self.spec, len(self.in_shape), x_RD, self.kernel[...])
+        y_BF = checkpoint_name(y_BF, MATMUL)
         spec = P(rows, None, self.out_axis)
         y = _reshape(y_BF, (batch, length, *self.out_shape), spec)
         if self.bias is None:

@@ -13,6 +13,7 @@ Block = TypeVar("Block", bound=nnx.Module)
 
 # What the backward pass recomputes from each block's input.
 REMAT_POLICIES = ("none", "full", "dots")
+MATMUL = "matmul"  # by which `checkpoint_name` marks what "dots" keeps
 
 
 def stack(block: Block, depth: int) -> Block:
@@ -20,19 +21,13 @@ def stack(block: Block, depth: int) -> Block:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((depth, *x.shape), x.dtype), block)
 
 
-def _all_but_gathers(prim, *_, **__) -> bool:
-    """Saves all but what leads from a stored kernel to its matmul: it would undo the sharding."""
-    return prim.name not in ("convert_element_type", "reshard", "reshape")
-
-
 def _with_remat(body: Callable, remat: str, *, in_scan: bool) -> Callable:
     checkpoint = functools.partial(jax.checkpoint, prevent_cse=not in_scan)
     if remat == "full":
         return checkpoint(body)
     if remat == "dots":
-        return checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
-    if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) > 1:
-        return checkpoint(body, policy=_all_but_gathers)
+        policy = jax.checkpoint_policies.save_only_these_names(MATMUL)
+        return checkpoint(body, policy=policy)
     return body
 
 

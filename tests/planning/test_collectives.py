@@ -104,7 +104,9 @@ def compiled_text(case: Case) -> str:
     program = build_program(
         settings.load_config(*case.config), mesh, vocab_size=8_000, num_examples=10**9
     )
-    found = collectives(program.lower().compile().as_text(), mesh.shape, NUM_CHUNKS)
+    with jax.set_mesh(mesh):
+        compiled = program.train_step.lower(*program.abstract_inputs()).compile()
+    found = collectives(compiled.as_text(), mesh.shape, NUM_CHUNKS)
     calls: Counter[str] = Counter()
     traffic: Counter[str] = Counter()
     for one in found:
