@@ -47,15 +47,16 @@ case $(version .venv/bin/python) in
   *) constraints=constraints/py312.txt ;;
 esac
 
-# The tests that compare with PyTorch's models need a gigabyte of packages: CI has them, and whoever
-# installs the extra `parity`; elsewhere those tests are skipped.
+# The tests that compare with PyTorch's models, and those that compile for TPUs, need two gigabytes
+# of packages: CI has them, and whoever installs the extras `parity` and `plan`; elsewhere those
+# tests are skipped.
 if [ "$want" = dev ] && [ "${CI:-}" = true ]; then
   want=ci
 fi
 case $want in # what to install, and which environments have it
   core) target=. fit="core dev ci" ;;
   dev) target=".[dev]" fit="dev ci" ;;
-  ci) target=".[dev,parity]" fit=ci ;;
+  ci) target=".[dev,parity,plan]" fit=ci ;;
 esac
 
 # What is installed follows from these files and from where the checkout lies.
