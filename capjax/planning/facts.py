@@ -10,8 +10,9 @@ Keys (bytes, FLOPs and seconds; "device" is what JAX calls one: a chip, or half 
     memory        of one device: parameters, optimizer, average, batch, padding, temporaries, code
                   (0 the last three where the compiler refused); needed, available, fits
     flops         model_per_image, model_per_step; hardware_per_device has what is computed again
+    bytes_moved   to and from the memory of one device in a step (0 for GPUs: not known)
     collectives   kind, axes, calls, traffic (bytes that leave one device) in a step
-    time          compute_s; has_networks; networks: axes, is_permute, is_slow, traffic,
+    time          compute_s, memory_s; has_networks; networks: axes, is_permute, is_slow, traffic,
                   bandwidth, seconds; of the bounds `overlapped` and `sequential`: step_s, mfu,
                   images_per_s, days, chip_hours
     advice        what to change, where it does not fit
@@ -29,6 +30,7 @@ from jax.sharding import Mesh
 from capjax.objectives.cross_entropy import NUM_CHUNKS
 from capjax.planning import estimate, fit, hlo
 from capjax.planning.flops import count_flops
+from capjax.planning.memory_traffic import bytes_moved
 from capjax.planning.roofline import Roofline, roofline, totals
 from capjax.planning.topology import Topology
 
@@ -53,6 +55,7 @@ def step_facts(
 ) -> dict[str, Any]:
     """The facts of a traced step (`jitted.trace(state, batch)`); compiles it where it can be."""
     found: list[hlo.Collective] | None = None
+    moved = 0.0
     about: dict[str, Any] = {"versions": {"jax": jax.__version__}}
     memory = estimate.argument_memory(state, batch)
     if topology.is_tpu:
@@ -65,7 +68,9 @@ def step_facts(
         if compiled is not None:
             memory = estimate.compiled_memory(compiled, state, batch)
             needed = memory.peak
-            found = hlo.collectives(compiled.as_text(), dict(mesh.shape), NUM_CHUNKS)
+            text = compiled.as_text()
+            found = hlo.collectives(text, dict(mesh.shape), NUM_CHUNKS)
+            moved = bytes_moved(text, NUM_CHUNKS)
     else:
         memory = estimate.estimated_memory(traced.jaxpr, state, batch)
         needed = memory.peak
@@ -82,7 +87,7 @@ def step_facts(
         **about,
         "memory": memory._asdict()
         | {"needed": needed, "available": available, "fits": not is_too_much},
-        **_speed_facts(run, traced, topology, mesh, found),
+        **_speed_facts(run, traced, topology, mesh, found, moved),
         "advice": _advice(run, memory, needed, available, mesh) if is_too_much else [],
     }
 
@@ -105,12 +110,22 @@ def _advice(
 
 
 def _speed_facts(
-    run: Run, traced: Any, topology: Topology, mesh: Mesh, found: list[hlo.Collective] | None
+    run: Run,
+    traced: Any,
+    topology: Topology,
+    mesh: Mesh,
+    found: list[hlo.Collective] | None,
+    moved: float,
 ) -> dict[str, Any]:
     hardware = count_flops(traced.jaxpr, unknown_trips=NUM_CHUNKS)
     model = run.flops_per_image * run.batch_size
     times = roofline(
-        topology, mesh, hardware_flops=hardware, model_flops=model, collectives=found or []
+        topology,
+        mesh,
+        hardware_flops=hardware,
+        model_flops=model,
+        bytes_moved=moved,
+        collectives=found or [],
     )
     return {
         "flops": {
@@ -118,6 +133,7 @@ def _speed_facts(
             "model_per_step": model,
             "hardware_per_device": hardware,
         },
+        "bytes_moved": moved,
         "collectives": totals(found or []),
         "time": _time_facts(times, run, topology) | {"has_networks": found is not None},
     }
@@ -151,7 +167,7 @@ def _time_facts(times: Roofline, run: Run, topology: Topology) -> dict[str, Any]
             "chip_hours": hours * topology.num_chips,
         }
     networks = [x._asdict() | {"seconds": x.seconds} for x in times.networks]
-    return {"compute_s": times.compute, "networks": networks, **bounds}
+    return {"compute_s": times.compute, "memory_s": times.memory, "networks": networks, **bounds}
 
 
 def _libtpu_version() -> str:

@@ -58,14 +58,16 @@ class Collective(NamedTuple):
         return self.calls * rounds * self.bytes * (self.group_size - 1) / self.group_size
 
 
-class _Op(NamedTuple):
+class Op(NamedTuple):
+    """One instruction: its result's type, what it does, and to which others' results."""
+
     type: str
     opcode: str
     operands: tuple[str, ...]
     rest: str  # of the line, from the operands on
 
 
-_Computation = dict[str, _Op]  # in the order of the text; the last one is the root
+Computation = dict[str, Op]  # in the order of the text; the last one is the root
 
 
 def collectives(
@@ -77,14 +79,14 @@ def collectives(
     tell counts `unknown_trips` times, each branch of a conditional as if it were taken. A group of
     one device is left out: it sends nothing.
     """
-    computations = _parse(hlo_text)
-    times = _times(computations, unknown_trips)
+    computations = parse(hlo_text)
+    times = executions(computations, unknown_trips)
     fused = {
-        called
+        callee
         for computation in computations.values()
         for op in computation.values()
         if op.opcode == "fusion"
-        for called in _called(op)
+        for callee in called(op)
     }
     found: dict[tuple, Collective] = {}
     for name, computation in computations.items():
@@ -97,17 +99,17 @@ def collectives(
     return list(found.values())
 
 
-def _parse(text: str) -> dict[str, _Computation]:
+def parse(text: str) -> dict[str, Computation]:
     """Computations by name; one comes after those that it calls, the entry last."""
-    computations: dict[str, _Computation] = {}
-    current: _Computation = {}
+    computations: dict[str, Computation] = {}
+    current: Computation = {}
     for line in text.splitlines():
         if found := _COMPUTATION.match(line):
             current = computations.setdefault(found[1], {})
         elif found := _INSTRUCTION.match(line):
             name, type_, opcode, rest = found.groups()
             operands = re.findall(r"%([\w.\-]+)", rest[: _closing(rest)])
-            current[name] = _Op(type_, opcode, tuple(operands), rest)
+            current[name] = Op(type_, opcode, tuple(operands), rest)
     return computations
 
 
@@ -121,7 +123,8 @@ def _closing(text: str) -> int:
     return len(text)
 
 
-def _called(op: _Op) -> list[str]:
+def called(op: Op) -> list[str]:
+    """The computations that an instruction runs, by name."""
     if op.opcode.endswith(("-done", "-update")):
         return []  # what the -start has called
     names = []
@@ -130,7 +133,7 @@ def _called(op: _Op) -> list[str]:
     return names
 
 
-def _times(computations: dict[str, _Computation], unknown_trips: int) -> defaultdict[str, int]:
+def executions(computations: dict[str, Computation], unknown_trips: int) -> defaultdict[str, int]:
     """How often each computation runs."""
     times: defaultdict[str, int] = defaultdict(int)
     for entry in list(computations)[-1:]:
@@ -141,14 +144,12 @@ def _times(computations: dict[str, _Computation], unknown_trips: int) -> default
             if op.opcode == "while":
                 known = _trips(computations, computation, op)
                 trips = unknown_trips if known is None else known
-            for called in _called(op):
-                times[called] += times[name] * trips
+            for callee in called(op):
+                times[callee] += times[name] * trips
     return times
 
 
-def _trips(
-    computations: dict[str, _Computation], computation: _Computation, loop: _Op
-) -> int | None:
+def _trips(computations: dict[str, Computation], computation: Computation, loop: Op) -> int | None:
     """The trips of a loop that counts up by one to a constant; None where it is another loop.
 
     From 0, where the text does not tell what it starts from.
@@ -177,7 +178,7 @@ def _trips(
 
 
 def _collective(
-    computation: _Computation, op: _Op, mesh_shape: Mapping[str, int], is_fused: bool
+    computation: Computation, op: Op, mesh_shape: Mapping[str, int], is_fused: bool
 ) -> Collective | None:
     """What `op` exchanges, as of one call; None where it is nothing."""
     if op.opcode == "send":
@@ -206,7 +207,7 @@ def _collective(
 
 
 def _transfer(
-    computation: _Computation, send: _Op, mesh_shape: Mapping[str, int]
+    computation: Computation, send: Op, mesh_shape: Mapping[str, int]
 ) -> Collective | None:
     """The collective between slices that `send` and the `recv` of the same meeting make up."""
     kind, slices = _TRANSFER.search(send.rest), _SLICES.search(send.rest)
@@ -249,14 +250,22 @@ def _shapes(type_: str) -> list[tuple[str, int]]:
     """Of a type, which may be a tuple, each array's shape and bytes."""
     found = []
     for dtype, sizes in _SHAPE.findall(type_):
-        bits = re.search(r"\d+", dtype)
-        width = int(bits[0]) if bits else (8 if dtype == "pred" else 0)
-        count = math.prod(int(x) for x in sizes.split(",") if x)
-        found.append((f"{dtype}[{sizes}]", -(-count * width // 8)))
+        shape = f"{dtype}[{sizes}]"
+        found.append((shape, array_bytes(shape)))
     return found
 
 
-def _chain(op: _Op) -> tuple | None:
+def array_bytes(type_: str) -> int:
+    """Of one array, such as "bf16[1024,4096]"; a layout behind it does not matter."""
+    found = _SHAPE.match(type_)
+    if found is None:
+        return 0
+    bits = re.search(r"\d+", found[1])
+    width = int(bits[0]) if bits else (8 if found[1] == "pred" else 0)
+    return -(-math.prod(int(x) for x in found[2].split(",") if x) * width // 8)
+
+
+def _chain(op: Op) -> tuple | None:
     """What names a collective that a TPU overlaps with computation.
 
     It is cut up, a part in each of several fusions, and every part is printed as the whole.

@@ -37,23 +37,25 @@ class Roofline(NamedTuple):
 
     Attributes:
       compute: products of matrices, what is computed again included, at the peak.
+      memory: bytes moved to and from the memory, at its bandwidth; 0 where that is not known.
       networks: collectives, by mesh axes.
       ideal: the model's FLOPs alone at the peak, by which the MFU is counted.
     """
 
     compute: float
+    memory: float
     networks: tuple[Network, ...]
     ideal: float
 
     @property
     def overlapped(self) -> float:
         """Seconds of a step if all that can be is hidden behind the longest part."""
-        return max(self.compute, *(self._busy(is_slow) for is_slow in (False, True)))
+        return max(self.compute, self.memory, *(self._busy(is_slow) for is_slow in (False, True)))
 
     @property
     def sequential(self) -> float:
-        """Seconds of a step if nothing is."""
-        return self.compute + self._busy(False) + self._busy(True)
+        """Seconds of a step if no network is: what computes still reads and writes meanwhile."""
+        return max(self.compute, self.memory) + self._busy(False) + self._busy(True)
 
     def _busy(self, is_slow: bool) -> float:
         """Seconds that one of the two networks works; mesh axes may share its links."""
@@ -66,9 +68,10 @@ def roofline(
     *,
     hardware_flops: float,
     model_flops: float,
+    bytes_moved: float,
     collectives: Collection[Collective],
 ) -> Roofline:
-    """`hardware_flops` of one device, `model_flops` of one step on all; collectives of one."""
+    """`model_flops` of one step on all devices; all else of one."""
     devices_a_chip = mesh.size / topology.num_chips
     peak = topology.chip.peak_flops / devices_a_chip
     traffic: dict[tuple[tuple[str, ...], bool], float] = {}
@@ -78,6 +81,7 @@ def roofline(
     networks = [_network(topology, mesh, *key, sent) for key, sent in traffic.items()]
     return Roofline(
         compute=hardware_flops / peak,
+        memory=bytes_moved * devices_a_chip / topology.chip.memory_bandwidth,
         networks=tuple(sorted(networks, key=lambda network: -network.seconds)),
         ideal=model_flops / (topology.chip.peak_flops * topology.num_chips),
     )

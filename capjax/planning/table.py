@@ -91,6 +91,9 @@ def _traffic(facts: Mapping[str, Any]) -> str:
 def _time(facts: Mapping[str, Any]) -> str:
     times = facts["time"]
     rows = [("matrix products at the peak", f"{times['compute_s'] * 1e3:10,.1f} ms")]
+    if times["memory_s"]:
+        moved = f"{facts['bytes_moved'] / 1e9:,.3g} GB to and from the memory"
+        rows.append((moved, f"{times['memory_s'] * 1e3:10,.1f} ms"))
     for network in times["networks"]:
         how = ", to one neighbour" if network["is_permute"] else ""
         how += ", slow network" if network["is_slow"] else ""
@@ -100,7 +103,7 @@ def _time(facts: Mapping[str, Any]) -> str:
                 f"{network['seconds'] * 1e3:10,.1f} ms",
             )
         )
-    bounds = {"overlapped": "step, all overlapped", "sequential": "step, nothing overlapped"}
+    bounds = {"overlapped": "step, all overlapped", "sequential": "step, no network overlapped"}
     if not times["has_networks"]:
         bounds = {"overlapped": "step"}
     for key, label in bounds.items():
@@ -112,9 +115,9 @@ def _time(facts: Mapping[str, Any]) -> str:
                 f"{bound['days']:,.2f} days   {bound['chip_hours']:,.0f} chip-hours",
             )
         )
-    left_out = "elementwise work, the memory's bandwidth and the input are left out"
+    left_out = "elementwise work and the input are left out"
     if not times["has_networks"]:
-        left_out += ", and so is the network"
+        left_out += ", and so are the memory's bandwidth and the network"
     title = (
         f"time of each of {facts['total_steps']:,} steps: bounds from data sheets, no prediction\n"
         f"  ({left_out})"

@@ -21,9 +21,8 @@ def test_bounds_of_a_node_of_gpus():
         collective("all-gather", ("fsdp",), 4, 4_000_000),
         collective("all-reduce", ("data",), 2, 1_000_000),
     ]
-    found = roofline(
-        topology, mesh, hardware_flops=2e-3 * peak, model_flops=8e-3 * peak, collectives=exchanges
-    )
+    work = {"hardware_flops": 2e-3 * peak, "model_flops": 8e-3 * peak, "collectives": exchanges}
+    found = roofline(topology, mesh, bytes_moved=1.0, **work)
     assert found.compute == pytest.approx(2e-3)
     assert found.ideal == pytest.approx(1e-3)
     sent = {network.axes: network.traffic for network in found.networks}
@@ -31,13 +30,19 @@ def test_bounds_of_a_node_of_gpus():
     assert not any(network.is_slow for network in found.networks)
     assert found.overlapped == pytest.approx(2e-3)
     assert found.sequential == pytest.approx(2e-3 + 4e6 / link)
+    # What is read and written bounds the step where it takes longer than the products.
+    found = roofline(topology, mesh, bytes_moved=3e-3 * topology.chip.memory_bandwidth, **work)
+    assert found.memory == pytest.approx(3e-3)
+    assert found.overlapped == pytest.approx(3e-3)
+    assert found.sequential == pytest.approx(3e-3 + 4e6 / link)
 
 
 def test_a_busy_network_bounds_even_what_overlaps():
     topology = parse_topology("h100:8")
     mesh = make_mesh(MeshShape(data=1, fsdp=8), jax.devices())
     exchange = collective("all-gather", ("fsdp",), 8, 8 * int(topology.chip.link_bandwidth))
-    found = roofline(topology, mesh, hardware_flops=1.0, model_flops=8.0, collectives=[exchange])
+    work = {"hardware_flops": 1.0, "model_flops": 8.0, "bytes_moved": 0.0}
+    found = roofline(topology, mesh, collectives=[exchange], **work)
     assert found.overlapped == pytest.approx(7)
     assert found.overlapped <= found.sequential
 
