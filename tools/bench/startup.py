@@ -163,7 +163,10 @@ def write_tokenizer(path: Path, vocab_size: int) -> None:
     from capjax.data.tokenizer import Tokenizer
 
     draw = random.Random(0)
-    syllable = lambda: draw.choice("bcdfghjklmnprstvwz") + draw.choice("aeiou")  # noqa: E731
+
+    def syllable() -> str:
+        return draw.choice("bcdfghjklmnprstvwz") + draw.choice("aeiou")
+
     words = ["".join(syllable() for _ in range(4)) for _ in range(120_000)]
     lines = [" ".join(words[i : i + 20]) for i in range(0, len(words), 20)]
     path.write_bytes(Tokenizer.train(lines, vocab_size).model_bytes)

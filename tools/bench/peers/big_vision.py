@@ -55,7 +55,10 @@ def model_of(job: Job):
 
 def optimizer() -> optax.GradientTransformation:
     """AdamW behind clipping, as capjax's."""
-    decayed = lambda tree: jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", tree)  # noqa: E731
+
+    def decayed(tree):
+        return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", tree)
+
     return optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adamw(LEARNING_RATE, b2=B2, weight_decay=WEIGHT_DECAY, mask=decayed),
