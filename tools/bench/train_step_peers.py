@@ -103,10 +103,9 @@ def table(lines: list[dict[str, Any]], base: str) -> str:
     """Markdown: medians over rounds, and the medians of rounds' ratios to `base`."""
     rows = ["| px | type | entry | ms | CPU-s | images/s | of GEMM | MFU | x wall | x CPU |"]
     rows.append("|---|---|---|---|---|---|---|---|---|---|")
-    key = lambda line: (line["image_size"], line["dtype"], line["entry"])  # noqa: E731
     found: dict[Any, list[dict[str, Any]]] = {}
     for line in lines:
-        found.setdefault(key(line), []).append(line)
+        found.setdefault((line["image_size"], line["dtype"], line["entry"]), []).append(line)
     for (px, dtype, entry), of_entry in found.items():
         against = {line["round"]: line for line in found.get((px, dtype, base), [])}
         pairs = [(line, against[line["round"]]) for line in of_entry if line["round"] in against]
@@ -114,12 +113,16 @@ def table(lines: list[dict[str, Any]], base: str) -> str:
             f"{statistics.median(a[unit] / b[unit] for a, b in pairs):.3f}" if pairs else "-"
             for unit in ("ms", "cpu_s")
         ]
-        median = lambda name, of=of_entry: statistics.median(line[name] for line in of)  # noqa: E731
-        share = "-" if of_entry[0]["mfu"] is None else f"{median('mfu'):.3f}"
-        cells = [f"{median('ms'):.1f}", f"{median('cpu_s'):.3f}", f"{median('images_per_s'):.1f}"]
-        cells += [f"{median('share_of_gemm'):.3f}", share, *ratios]
+        share = "-" if of_entry[0]["mfu"] is None else _median(of_entry, "mfu", 3)
+        cells = [_median(of_entry, "ms", 1), _median(of_entry, "cpu_s", 3)]
+        cells += [_median(of_entry, "images_per_s", 1), _median(of_entry, "share_of_gemm", 3)]
+        cells += [share, *ratios]
         rows.append(f"| {px} | {dtype} | {entry} | {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def _median(lines: list[dict[str, Any]], name: str, decimals: int) -> str:
+    return f"{statistics.median(line[name] for line in lines):.{decimals}f}"
 
 
 def loss_difference(lines: list[dict[str, Any]]) -> float | None:
