@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from capjax.errors import UserError
+from capjax.planning.fit import MAX_COMPILES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "GPUs as h100:64, whose memory is estimated, not compiled",
     )
     parser.add_argument(
-        "--search", action="store_true", help="find the largest batch that fits (<= 6 compiles)"
+        "--search",
+        action="store_true",
+        help=f"look for the largest batch that fits (<= {MAX_COMPILES} compiles)",
     )
     parser.add_argument("--shardings", action="store_true", help="print where every array lies")
     parser.add_argument("--output", metavar="FILE.json", help="write all figures there, by name")
@@ -55,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
     if output is not None:
         output.write_text(json.dumps(facts, indent=2) + "\n")
     print(table.render(facts))
+    if args.search:
+        print(f"  {facts['largest_batch_in_words']}")
     return 0 if facts["memory"]["fits"] else 1
 
 
@@ -105,7 +110,11 @@ def measure(config, topology, mesh, doing) -> dict:
 
 
 def search(config, topology, mesh, doing) -> dict:
-    """The facts of the largest batch that fits, with every try; of the least one if none does."""
+    """The facts of the largest batch found to fit, or of the least one tried if none was.
+
+    With every try; `largest_batch`, 0 if none fitted, which is a lower bound: larger ones may fit
+    up to `too_large_batch`, the least that did not (None: all did); and both in words.
+    """
     from capjax.mesh import num_batch_shards
     from capjax.planning.estimate import argument_memory
     from capjax.planning.fit import largest_batch
@@ -121,12 +130,17 @@ def search(config, topology, mesh, doing) -> dict:
     program = build(config, mesh)
     together = program.objectives.rows_together(config.captions.per_image)
     empty = argument_memory(*program.abstract_inputs())
-    fits, tries = largest_batch(
+    best = largest_batch(
         bytes_needed,
         available=topology.device_memory(mesh.size),
         unit=num_batch_shards(mesh) * together * config.accumulation_steps,
         first=config.batch_size,
         fixed=empty.state + empty.parameters,
+        growth=8 if topology.is_tpu else 1024,  # a far too large batch takes long to compile
     )
-    facts = found[fits or min(found)]
-    return facts | {"tries": [one._asdict() for one in tries], "largest_batch": fits}
+    return found[best.fits or min(found)] | {
+        "tries": [one._asdict() for one in best.tries],
+        "largest_batch": best.fits,
+        "too_large_batch": best.fails,
+        "largest_batch_in_words": best.in_words(),
+    }

@@ -4,7 +4,10 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-MAX_COMPILES = 6
+MAX_COMPILES = 8
+CLOSE = 1.06  # a batch that does not fit over one that does, at which the search ends
+_ASIDE = 1.029  # a little less than the root of CLOSE: as far from the line as is still close
+_LINES = 2  # enough, one on either side, where the line is right
 
 
 class Try(NamedTuple):
@@ -14,44 +17,80 @@ class Try(NamedTuple):
     bytes: int
 
 
-def largest_batch(
-    measure: Callable[[int], int], *, available: int, unit: int, first: int, fixed: int
-) -> tuple[int, list[Try]]:
-    """(the largest multiple of `unit` found to fit into `available` bytes, 0 if none; all tries).
+class Found(NamedTuple):
+    """The largest batch tried that fits (0: none did), the least that does not, and all tries."""
 
-    `measure` compiles for a batch and returns the bytes it needs. They are close to affine in the
-    batch, so the line through two tries (through one and `fixed`, the bytes of an empty batch)
-    tells where to look; every answer has been compiled. At most `MAX_COMPILES` compiles; it stops
-    where a batch that fits is within a unit, or a fiftieth, of the end of the line or of one that
-    does not fit.
+    fits: int
+    fails: int | None
+    tries: list[Try]
+
+    def in_words(self) -> str:
+        """What is known of the largest batch, which may lie between the two."""
+        if self.fails is None:
+            return f"at least {self.fits:,} fits; a larger one was not tried"
+        least = f"at least {self.fits:,} fits" if self.fits else "no batch that was tried fits"
+        return f"{least}; {self.fails:,} does not"
+
+
+def largest_batch(
+    measure: Callable[[int], int],
+    *,
+    available: int,
+    unit: int,
+    first: int,
+    fixed: int,
+    growth: float = 8.0,
+) -> Found:
+    """Looks for the largest multiple of `unit` that fits into `available` bytes.
+
+    `measure` compiles for a batch and returns the bytes it needs; `fixed` is what an empty batch
+    takes. The bytes bend near the limit, where the compiler recomputes by itself in order to fit,
+    so they only tell where to look next: every answer has been compiled. From `first` it grows, two
+    to `growth` times a try, or shrinks, until one batch fits and another does not; then it halves
+    the ratio between them. At most `MAX_COMPILES` compiles; it ends where the two are within
+    `CLOSE` or one `unit`.
     """
     tries: list[Try] = []
-    batch = max(first // unit, 1) * unit
-    fits, fails = 0, math.inf
+    batch, lines = max(first // unit, 1) * unit, _LINES
     while True:
         tries.append(Try(batch, measure(batch)))
-        if tries[-1].bytes <= available:
-            fits = max(fits, batch)
+        fitting = [Try(0, fixed), *sorted(x for x in tries if x.bytes <= available)]
+        fits = fitting[-1]
+        fails = min((x for x in tries if x.bytes > available), default=None)
+        if len(tries) == MAX_COMPILES or (fails and _is_close(fits, fails, unit)):
+            return Found(fits.batch_size, fails.batch_size if fails else None, tries)
+        if fails is None:
+            beyond = _line(fitting[-2], fits, available) * _ASIDE
+            where = min(max(beyond, 2 * fits.batch_size), growth * fits.batch_size)
         else:
-            fails = min(fails, batch)
-        worthwhile = max(unit, fits / 50)
-        if len(tries) == MAX_COMPILES or fails - fits <= worthwhile:
-            return fits, tries
-        batch = _where(tries, available, fixed)
-        is_far = fits < fails / 2 < math.inf
-        if fits and batch < fits + worthwhile and not is_far:
-            return fits, tries
-        if not fits < batch < fails:  # the line leaves the bracket: it is bent
-            batch = math.sqrt(max(fits, unit) * fails) if fails < math.inf else 2 * fits
-        batch = int(min(max(batch // unit * unit, fits + unit), fails - unit))
+            where = _between(fits, fails, available, unit, is_line=lines > 0)
+            where, lines = min(where, fails.batch_size - unit), lines - 1
+        batch = max(int(where) // unit * unit, fits.batch_size + unit)
 
 
-def _where(tries: list[Try], available: int, fixed: int) -> float:
-    """The batch at which the line meets `available`."""
-    near = sorted(tries, key=lambda x: abs(x.bytes - available))[:2]
-    start, end = (near[0], near[1]) if len(near) > 1 else (Try(0, fixed), near[0])
-    slope = (end.bytes - start.bytes) / (end.batch_size - start.batch_size)
-    return start.batch_size + (available - start.bytes) / slope if slope > 0 else 0.0
+def _is_close(fits: Try, fails: Try, unit: int) -> bool:
+    return fails.batch_size <= max(fits.batch_size + unit, fits.batch_size * CLOSE)
+
+
+def _between(fits: Try, fails: Try, available: int, unit: int, *, is_line: bool) -> float:
+    """A batch beside the line's that is close to neither, if wanted and there; or halfway.
+
+    Halfway in the ratio; a quarter of the one that fails where none is known to fit.
+    """
+    if fits.bytes > available:  # as the state alone does not fit, the least batch settles it
+        return float(unit)
+    if is_line:
+        line, least = _line(fits, fails, available), max(fits.batch_size, unit)
+        for batch in (line / _ASIDE, line * _ASIDE):
+            if least * _ASIDE <= batch <= fails.batch_size / _ASIDE:
+                return batch
+    return math.sqrt((fits.batch_size or max(fails.batch_size / 16, unit)) * fails.batch_size)
+
+
+def _line(start: Try, end: Try, available: int) -> float:
+    """The batch at which the line through two tries meets `available`."""
+    rise = (end.bytes - start.bytes) / (end.batch_size - start.batch_size)
+    return start.batch_size + (available - start.bytes) / rise if rise > 0 else math.inf
 
 
 def advice(
