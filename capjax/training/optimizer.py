@@ -132,8 +132,11 @@ class OptimizerConfig(ScheduleConfig):
 
 def make_optimizer(
     config: OptimizerConfig, total_steps: int, params: Params | None = None
-) -> tuple[optax.GradientTransformation, Schedule]:
+) -> tuple[optax.GradientTransformationExtraArgs, Schedule]:
     """The optimizer of a nested dict of parameters, and the schedule that it follows.
+
+    Its `update` takes the norm of the gradients as `gradient_norm` where that is known already; the
+    gradients of what is frozen must then be 0.
 
     `params` are those of the model without what pads them (`PureModel.unpadded_params`): by their
     sizes a moment is factored or not, and a matrix's root mean square taken. Patterns that match
@@ -153,17 +156,17 @@ def make_optimizer(
         tx, trained = parts(params)
         return tx.init(trained)
 
-    def update(updates: Any, state: Any, params: Any = None):
+    def update(updates: Any, state: Any, params: Any = None, **norm: Any):
         tx, trained = parts(params)
         gradients = by_name(updates)
-        moved: Any = tx.update({name: gradients[name] for name in trained}, state, trained)
+        moved: Any = tx.update({name: gradients[name] for name in trained}, state, trained, **norm)
         # Not +0: x + -0 is x, also where x is -0.
         moves = [moved[0].get(name, jnp.full_like(x, -0.0)) for name, x in by_name(params).items()]
         return jax.tree.unflatten(jax.tree.structure(params), moves), moved[1]
 
     if params is not None:
         parts(params)
-    return optax.GradientTransformation(init, update), schedule
+    return optax.GradientTransformationExtraArgs(init, update), schedule
 
 
 def _transformation(
@@ -171,7 +174,7 @@ def _transformation(
     schedule: Schedule,
     layouts: dict[str, Layout],
     factors: dict[str, Any],
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """The optimizer of a dict of arrays by name."""
     decay = optax.add_decayed_weights(config.weight_decay, mask=is_decayed)
     scale = each(lambda name, update, _: update * factors[name])
@@ -183,8 +186,19 @@ def _transformation(
     else:
         steps += [decay, scale, optax.scale_by_learning_rate(schedule)]
     if config.grad_clip_norm:
-        steps.insert(0, optax.clip_by_global_norm(config.grad_clip_norm))
+        steps.insert(0, _clip_by_global_norm(config.grad_clip_norm))
     return optax.chain(*steps)
+
+
+def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
+    """As optax's, but with one factor for all, which fuses into what reads the gradients."""
+
+    def update(updates: Any, state: Any, params: Any = None, *, gradient_norm: Any = None, **_):
+        norm = optax.tree.norm(updates) if gradient_norm is None else gradient_norm
+        factor = jnp.where(norm < max_norm, 1.0, max_norm / norm)
+        return jax.tree.map(lambda x: x * factor.astype(x.dtype), updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def _direction(config: OptimizerConfig, layouts: dict[str, Layout]) -> optax.GradientTransformation:

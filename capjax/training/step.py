@@ -33,9 +33,9 @@ def make_train_step(
     clipping), `param_norm` (before the update), `nonfinite` and, where the schedule
     `learning_rate` is given, its value in this step.
 
-    A loss or gradient that is not finite makes `nonfinite` 1 and leaves parameters and optimizer
-    state as they were; only `step` advances. So a state is never poisoned, even where the metrics
-    are read a step late. With `accumulation_steps` the batch is walked through in that many
+    A loss, gradient or parameter that is not finite makes `nonfinite` 1 and leaves parameters and
+    optimizer state as they were; only `step` advances. So a state is never poisoned, even where the
+    metrics are read a step late. With `accumulation_steps` the batch is walked through in that many
     microbatches, and the gradient is that of the whole batch. Where rows meet (`loss.across`) they
     are walked through twice: for the embeddings, whose gradient is then known for the whole batch,
     and for the parameters' gradient, into which that goes (GradCache, Gao et al. 2021).
@@ -46,15 +46,18 @@ def make_train_step(
 
     if freeze:
         loss = _held(loss, freeze)
+    optimizer = optax.with_extra_args_support(tx)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         value, metrics, grads = _gradients(loss, state.params, batch, key, accumulation_steps)
         grad_norm = optax.tree.norm(grads)
-        is_finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
+        param_norm = optax.tree.norm(state.params)
+        # Were the branch not to wait for the parameters' norm, it would update a copy of them.
+        is_finite = jnp.isfinite(value) & jnp.isfinite(grad_norm) & jnp.isfinite(param_norm)
 
         def updated(params, opt_state, ema):
-            updates, opt_state = tx.update(grads, opt_state, params)
+            updates, opt_state = optimizer.update(grads, opt_state, params, gradient_norm=grad_norm)
             params: Any = optax.apply_updates(params, updates)
             if ema is not None:
                 ema = update_ema(ema, params, ema_decay, state.step)
@@ -67,7 +70,7 @@ def make_train_step(
         metrics = metrics | {
             "loss": value,
             "grad_norm": grad_norm,
-            "param_norm": optax.tree.norm(state.params),
+            "param_norm": param_norm,
             "nonfinite": 1 - is_finite.astype(jnp.float32),
         }
         if learning_rate is not None:

@@ -82,6 +82,13 @@ def test_gradients_are_clipped_only_above_the_norm_and_only_where_asked():
         np.testing.assert_allclose(optax.tree.norm(moment[1]), norm, rtol=1e-6)
 
 
+def test_a_norm_that_is_given_is_the_one_that_is_clipped():
+    params, grads = {"bias": jnp.zeros(2)}, {"bias": jnp.array([3.0, 4.0])}
+    tx, _ = make_optimizer(dataclasses.replace(PLAIN, grad_clip_norm=1.0, b1=0.0), 10)
+    _, state = tx.update(grads, tx.init(params), params, gradient_norm=jnp.float32(10))
+    np.testing.assert_allclose(optax.tree.get(state, "mu")["bias"], [0.3, 0.4], rtol=1e-6)
+
+
 def test_the_first_moment_may_be_bfloat16():
     tx, _ = make_optimizer(dataclasses.replace(PLAIN, first_moment_dtype="bfloat16"), 10)
     state = tx.init({"kernel": jnp.zeros(3)})

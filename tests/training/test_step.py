@@ -189,6 +189,17 @@ def test_a_gradient_that_is_not_finite_counts_though_the_loss_is():
     assert np.isfinite(state.params["kernel"]).all()
 
 
+def test_a_parameter_that_is_not_finite_counts_though_no_row_meets_it():
+    def loss(params, batch, key):
+        return 0 * jnp.sum(params["kernel"][0]), {}
+
+    step = make_train_step(mean_over_rows(loss), TX)
+    state = init_state(init_params, TX, 0)
+    kernel = state.params["kernel"].at[1, 0].set(jnp.nan)
+    _, metrics = step(state._replace(params={"kernel": kernel}), linear_batch())
+    assert metrics["loss"] == 0 and metrics["grad_norm"] == 0 and metrics["nonfinite"] == 1
+
+
 def test_an_average_follows_but_not_into_a_step_that_is_not_finite():
     step = make_train_step(mean_over_rows(linear_loss), TX, ema_decay=0.9)
     state = init_state(init_params, TX, 0, ema=True)

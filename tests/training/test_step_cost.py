@@ -59,7 +59,7 @@ def test_the_step_has_no_more_flops_than_its_matrix_products(monkeypatch, draw):
 
 # big_vision's step on the same sizes takes 716 MB with a scan over rematerialised layers.
 @pytest.mark.slow
-@pytest.mark.parametrize(("remat", "megabytes"), [("none", 1500), ("full", 716)])
+@pytest.mark.parametrize(("remat", "megabytes"), [("none", 1300), ("full", 716)])
 def test_the_step_takes_few_temporary_bytes(remat, megabytes):
     model = captioner(**variant("S/16"), decoder_depth=6, remat=remat)
     analysis = lowered(model, "bernoulli").compile().memory_analysis()
