@@ -10,6 +10,7 @@ from typing import Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
 
+from capjax.data.layouts import open_address, parse_address
 from capjax.data.records import (
     SHARD_SUFFIX,
     ArrayRecordSource,
@@ -50,7 +51,8 @@ def open_source(
     """Opens a source of examples by name or path.
 
     `emoji:SPLIT` is a split of the embedded corpus (`SOURCE_NAMES`): `styles` keeps some of its
-    styles, and `flags=False` drops the flags (in `train` and `style`). A directory or glob of
+    styles, and `flags=False` drops the flags (in `train` and `style`). `LAYOUT:PATH?OPTION=VALUE`
+    is opened by a reader of `capjax.data.layouts`. A directory or glob of
     `*.array_record` files is read in the order of their names. Any other directory is searched
     for images, see `ImageDirectory`; so is a single image file. Raises UserError if there is
     nothing to read there.
@@ -58,6 +60,8 @@ def open_source(
     name = os.fspath(name)
     if name in SOURCE_NAMES:
         return _open_emoji(name, styles, flags)
+    if (address := parse_address(name)) and styles is None and flags:
+        return open_address(address)
     if (styles is not None or not flags) and not name.startswith("emoji:"):
         raise UserError(f"source {name!r} has no `styles` or `flags`: only emoji:SPLIT does")
     path = Path(name).expanduser()

@@ -1,0 +1,80 @@
+"""The address of a source, `[LAYOUT:]PATH[?OPTION=VALUE&…]`, and which reader opens it.
+
+`webdataset:shards/{000..099}.tar`, `coco:annotations/captions_train2017.json?images=train2017`,
+`pairs.csv?image=file&caption=text`. Without a layout the end of the path tells it.
+"""
+
+import difflib
+import importlib
+import re
+from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import parse_qsl
+
+from capjax.errors import UserError
+
+if TYPE_CHECKING:
+    from capjax.data.sources import Source
+
+
+class Layout(NamedTuple):
+    """How sources of one layout are opened.
+
+    `opener` is "module:function", imported when first used, and called with the path and the
+    options as keyword arguments (strings); `suffixes` are the ends of paths that are this layout
+    where none is named.
+    """
+
+    opener: str
+    options: tuple[str, ...] = ()
+    suffixes: tuple[str, ...] = ()
+
+
+LAYOUTS: dict[str, Layout] = {}
+
+
+class Address(NamedTuple):
+    """A source's name in its parts."""
+
+    layout: str
+    path: str
+    options: dict[str, str]
+
+
+def parse_address(name: str) -> Address | None:
+    """The parts of a name that a layout, named or told by its suffix, opens; else None.
+
+    Raises `UserError` for an option that the layout does not have.
+    """
+    match = re.match(r"([a-z0-9_]+):(?!//)", name)
+    named = match[1] if match and match[1] in LAYOUTS else None
+    path = name[match.end() :] if match and named else name
+    path, mark, query = path.rpartition("?") if "=" in path.rpartition("?")[2] else (path, "", "")
+    layout = named or _layout_of(path)
+    if layout is None:
+        return None
+    options = dict(parse_qsl(query, keep_blank_values=True)) if mark else {}
+    known = LAYOUTS[layout].options
+    for option in options:
+        if option not in known:
+            close = difflib.get_close_matches(option, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise UserError(
+                f"source {name!r}: the layout {layout!r} has no option {option!r}, but "
+                f"{', '.join(known) or 'none at all'}{hint}"
+            )
+    if not path:
+        raise UserError(f"source {name!r}: expected a path behind {layout}:")
+    return Address(layout, path, options)
+
+
+def open_address(address: Address) -> "Source":
+    """The source at an address. Raises `UserError` as its reader does."""
+    module, _, function = LAYOUTS[address.layout].opener.partition(":")
+    return getattr(importlib.import_module(module), function)(address.path, **address.options)
+
+
+def _layout_of(path: str) -> str | None:
+    for name, layout in LAYOUTS.items():
+        if layout.suffixes and path.lower().endswith(layout.suffixes):
+            return name
+    return None
