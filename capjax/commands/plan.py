@@ -58,8 +58,6 @@ def run(args: argparse.Namespace) -> int:
     if output is not None:
         output.write_text(json.dumps(facts, indent=2) + "\n")
     print(table.render(facts))
-    if args.search:
-        print(f"  {facts['largest_batch_in_words']}")
     return 0 if facts["memory"]["fits"] else 1
 
 

@@ -59,32 +59,53 @@ def _layer_norm_forward(x_BLD, scale_D, bias_D, eps):
 def _layer_norm_backward(eps, residuals, dy_BLD):
     del eps  # it is in the deviations kept
     x_BLD, mean_BL1, rstd_BL1, scale_D, bias_D = residuals
-    dy_BLD = dy_BLD.astype(jnp.float32)
-    normal_BLD = (x_BLD.astype(jnp.float32) - mean_BL1) * rstd_BL1
-    dnormal_BLD = dy_BLD * scale_D[None, None, :]
+
+    def in_float32(x_BLD, dy_BLD):
+        return (x_BLD.astype(jnp.float32) - mean_BL1) * rstd_BL1, dy_BLD.astype(jnp.float32)
+
+    normal_BLD, dy32_BLD = in_float32(x_BLD, dy_BLD)
+    dnormal_BLD = dy32_BLD * scale_D[None, None, :]
     dx_BLD = rstd_BL1 * (
         dnormal_BLD
         - jnp.mean(dnormal_BLD, -1, keepdims=True)
         - normal_BLD * jnp.mean(dnormal_BLD * normal_BLD, -1, keepdims=True)
     )
-    dbias_D = None if bias_D is None else jnp.sum(dy_BLD, (0, 1))
-    return dx_BLD.astype(x_BLD.dtype), jnp.sum(dy_BLD * normal_BLD, (0, 1)), dbias_D
+    # Computed anew for the sums over rows: or it is written, in float32, between the two.
+    normal_BLD, dy32_BLD = in_float32(*lax.optimization_barrier((x_BLD, dy_BLD)))
+    dscale_D = jnp.sum(dy32_BLD * normal_BLD, (0, 1))
+    dbias_D = None if bias_D is None else jnp.sum(dy32_BLD, (0, 1))
+    return dx_BLD.astype(x_BLD.dtype), dscale_D, dbias_D
 
 
 layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
-def _elementwise(value: Callable, slope: Callable) -> Callable[[Array], Array]:
-    """`value` in float32, of which only the input is kept for the backward pass: by `slope`."""
+def _elementwise(value: Callable, slope: Callable) -> Callable[[Array, Array | None], Array]:
+    """`value` of x + bias in float32; for the backward pass, by `slope`, it keeps x and the bias.
+
+    The bias, of x's last axis, may be None. Its gradient is formed in float32.
+    """
+
+    def biased(x, bias):
+        if bias is None:
+            return x
+        bias = bias.reshape((1,) * (x.ndim - 1) + bias.shape)
+        return x + broadcast(bias, x.shape, jax.typeof(x).sharding.spec)
 
     @jax.custom_vjp
-    def function(x: Array) -> Array:
-        return value(x.astype(jnp.float32)).astype(x.dtype)
+    def function(x: Array, bias: Array | None) -> Array:
+        return value(biased(x, bias).astype(jnp.float32)).astype(x.dtype)
 
-    def backward(x, dy):
-        return ((dy.astype(jnp.float32) * slope(x.astype(jnp.float32))).astype(x.dtype),)
+    def backward(residuals, dy):
+        # The barriers: or what `value` computed, the sum, and the product are written, in float32.
+        x, bias = lax.optimization_barrier(residuals)
+        dx = dy.astype(jnp.float32) * slope(biased(x, bias).astype(jnp.float32))
+        dx = lax.optimization_barrier(dx.astype(x.dtype))
+        if bias is None:
+            return dx, None
+        return dx, jnp.sum(dx, range(x.ndim - 1), dtype=jnp.float32).astype(bias.dtype)
 
-    function.defvjp(lambda x: (function(x), x), backward)
+    function.defvjp(lambda x, bias: (function(x, bias), (x, bias)), backward)
     return function
 
 
@@ -156,16 +177,20 @@ class Projection(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """(B, L, *in_shape) to (B, L, *out_shape)."""
+        y = self.product(x)
+        if self.bias is None:
+            return y
+        spec = jax.typeof(y).sharding.spec
+        return y + broadcast(use(self.bias, x.dtype)[None, None], y.shape, spec)
+
+    def product(self, x: Array) -> Array:
+        """`__call__` without the bias."""
         batch, length = x.shape[:2]
         rows = jax.typeof(x).sharding.spec[0]  # not split where a single row is the same for all
         x_RD = _reshape(x, (batch * length, math.prod(self.in_shape)), P(rows, self.in_axis))
-        y_BF = _matmul(self.spec, len(self.in_shape), x_RD, self.kernel[...])
-        y_BF = checkpoint_name(y_BF, MATMUL)
-        spec = P(rows, None, self.out_axis)
-        y = _reshape(y_BF, (batch, length, *self.out_shape), spec)
-        if self.bias is None:
-            return y
-        return y + broadcast(use(self.bias, x.dtype)[None, None], y.shape, spec)
+        y_RF = _matmul(self.spec, len(self.in_shape), x_RD, self.kernel[...])
+        y_RF = checkpoint_name(y_RF, MATMUL)
+        return _reshape(y_RF, (batch, length, *self.out_shape), P(rows, None, self.out_axis))
 
 
 def _reshape(x: Array, shape: tuple[int, ...], spec: P) -> Array:
@@ -232,7 +257,8 @@ class Mlp(nnx.Module):
         self.activation = activation
 
     def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        return self.down(ACTIVATIONS[self.activation](self.up(x_BLD)))
+        bias_F = None if self.up.bias is None else use(self.up.bias, x_BLD.dtype)
+        return self.down(ACTIVATIONS[self.activation](self.up.product(x_BLD), bias_F))
 
 
 class Embedding(nnx.Module):

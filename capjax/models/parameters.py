@@ -6,6 +6,7 @@ That, rather than a `vmap` over blocks that draw for themselves, compiles severa
 """
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
@@ -113,10 +114,36 @@ def use(param: nnx.Param, dtype: DTypeLike) -> Array:
     return reshard(param[...].astype(dtype), gathered(param.get_metadata("spec")))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def broadcast(x: Array, shape: tuple[int, ...], spec: P) -> Array:
     """`jnp.broadcast_to`, whose gradient, a sum over many rows, is formed in float32.
 
     In bfloat16 a sum stands still from 256 times its terms on.
     """
-    y = jnp.broadcast_to(x.astype(jnp.float32), shape, out_sharding=out_sharding(spec))
-    return y.astype(x.dtype)
+    return jnp.broadcast_to(x, shape, out_sharding=out_sharding(spec))
+
+
+def _broadcast_forward(x, shape, spec):
+    return broadcast(x, shape, spec), x
+
+
+def _broadcast_backward(shape, spec, x, slope):
+    axes = tuple(axis for axis, size in enumerate(x.shape) if size != shape[axis])
+    if axes == (0,) and x.ndim > 2:
+        # As a product with ones: for a sum over it, XLA would store the batch as the last axis, and
+        # with it, on GPUs, every activation of the network.
+        rows = out_sharding(P(spec[0]))
+        ones_B = jnp.broadcast_to(jnp.ones((), slope.dtype), shape[:1], out_sharding=rows)
+        total = jnp.einsum(
+            "b,b...->...",
+            ones_B,
+            slope,
+            preferred_element_type=jnp.float32,
+            out_sharding=out_sharding(P(*spec[1:])),
+        )[None]
+    else:
+        total = jnp.sum(slope, axes, dtype=jnp.float32, keepdims=True)
+    return (total.astype(x.dtype),)
+
+
+broadcast.defvjp(_broadcast_forward, _broadcast_backward)

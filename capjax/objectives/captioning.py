@@ -12,6 +12,7 @@ Letters beyond `capjax.dims`: R rows, the captions of all images; G groups of J 
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 
 from capjax.data.tokenizer import PAD_ID
 from capjax.dims import Array, Batch, Float, Metrics, Params, PRNGKeyArray
@@ -149,14 +150,16 @@ def _hidden(
     if orders_GJ is None:
         return model.hidden(params, inputs_RL, memory_RPD, is_parallel_R)
 
-    def run(mode, orders_GJ):
-        arguments = join_groups(take_in_groups((inputs_RL, memory_RPD), orders_GJ))
-        hidden_RLE = mode(*arguments)
-        return as_rows(hidden_RLE, (*orders_GJ.shape, *hidden_RLE.shape[1:]))
+    def run(mode, *part_GJ):
+        hidden_RLE = mode(*join_groups(part_GJ))
+        return as_rows(hidden_RLE, (len(orders_GJ), -1, *hidden_RLE.shape[1:]))
 
-    num_causal = objective.group_causal
-    causal_GJLE = run(causal, orders_GJ[:, :num_causal])
-    parallel_GJLE = run(parallel, orders_GJ[:, num_causal:])
+    sizes = objective.group_causal, objective.group_size - objective.group_causal
+    inputs_GJL, memories_GJPD = (
+        lax.split(x, sizes, axis=1) for x in take_in_groups((inputs_RL, memory_RPD), orders_GJ)
+    )
+    causal_GJLE = run(causal, inputs_GJL[0], memories_GJPD[0])
+    parallel_GJLE = run(parallel, inputs_GJL[1], memories_GJPD[1])
     return join_groups(jnp.concatenate([causal_GJLE, parallel_GJLE], 1))
 
 

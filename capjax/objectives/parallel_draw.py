@@ -110,16 +110,38 @@ def are_parallel(orders_GJ: Int[Array, "G J"], num_causal: int) -> Bool[Array, "
 
 
 def take_in_groups(tree: Any, orders_GJ: Int[Array, "G J"]) -> Any:
-    """Arrays [R, ...] as [G, J, ...], each group in its order, or of it what an order names.
-
-    No device reads another's rows.
-    """
+    """Arrays [R, ...] as [G, J, ...], each group in its order. No device reads another's rows."""
 
     def take(x):
-        groups = as_rows(x, (len(orders_GJ), -1, *x.shape[1:]))
-        return jax.vmap(lambda rows, order: rows[order])(groups, orders_GJ)
+        groups = as_rows(x, (*orders_GJ.shape, *x.shape[1:]))
+        is_float = jnp.issubdtype(x.dtype, jnp.floating)
+        return (_reordered if is_float else _in_order)(groups, orders_GJ)
 
     return jax.tree.map(take, tree)
+
+
+def _in_order(groups, orders_GJ):
+    return jax.vmap(lambda rows, order: rows[order])(groups, orders_GJ)
+
+
+@jax.custom_vjp
+def _reordered(groups, orders_GJ):
+    """`_in_order`, whose gradient is the inverse order and no scatter.
+
+    XLA lays out what it scatters with the rows last, and with it, on GPUs, all of the encoder.
+    """
+    return _in_order(groups, orders_GJ)
+
+
+def _reordered_forward(groups, orders_GJ):
+    return _in_order(groups, orders_GJ), orders_GJ
+
+
+def _reordered_backward(orders_GJ, slope):
+    return _in_order(slope, jax.vmap(jnp.argsort)(orders_GJ)), None
+
+
+_reordered.defvjp(_reordered_forward, _reordered_backward)
 
 
 def join_groups(tree: Any) -> Any:

@@ -16,7 +16,9 @@ Keys (bytes, FLOPs and seconds; "device" is what JAX calls one: a chip, or half 
                   bandwidth, seconds; of the bounds `overlapped` and `sequential`: step_s, mfu,
                   images_per_s, days, chip_hours
     advice        what to change, where it does not fit
-    tries, largest_batch   of --search: every batch_size compiled, and the bytes it needs
+    tries         of --search: every batch_size compiled, and the bytes it needs; with it
+                  largest_batch (that fits, 0 if none), too_large_batch (the least that does not, or
+                  null) and largest_batch_in_words
 """
 
 import time

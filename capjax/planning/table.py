@@ -132,8 +132,7 @@ def _tries(facts: Mapping[str, Any]) -> str:
         f"{'fits' if row['bytes'] <= available else 'does not fit'}"
         for row in facts["tries"]
     ]
-    found = facts["largest_batch"]
-    return _lines(f"largest batch that fits: {found:,}" if found else "no batch fits", lines)
+    return _lines(f"batch: {facts['largest_batch_in_words']}", lines)
 
 
 def _device(facts: Mapping[str, Any]) -> str:

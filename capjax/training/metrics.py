@@ -6,6 +6,7 @@ as the same float. JSON has no non-finite numbers, so those are the strings "NaN
 "-Infinity", which `float()` reads; `read_metrics` does.
 """
 
+import functools
 import importlib.util
 import json
 import math
@@ -79,12 +80,17 @@ class TensorBoardWriter:
     """Writes TensorBoard events; the viewer hides older events beyond `restored_step`."""
 
     def __init__(self, directory: epath.PathLike, restored_step: int | None = None):
+        self._directory = str(directory)
+        self._purge_step = 0 if restored_step is None else restored_step + 1
+
+    @functools.cached_property
+    def _writer(self):
+        # Only with the first value: importing it imports torch where that is installed.
         from tensorboardX import SummaryWriter
 
-        purge = 0 if restored_step is None else restored_step + 1
         # The suffix keeps a restart within the same second from writing over the file before.
-        suffix = f".{purge}-{os.getpid()}"
-        self._writer = SummaryWriter(str(directory), purge_step=purge, filename_suffix=suffix)
+        suffix = f".{self._purge_step}-{os.getpid()}"
+        return SummaryWriter(self._directory, purge_step=self._purge_step, filename_suffix=suffix)
 
     def write(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """Adds one event a value."""

@@ -1,5 +1,7 @@
 """The written-out backward passes equal automatic differentiation of the plain formulas."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,7 +65,11 @@ def test_layer_norm(bias, eps):
     ],
 )
 def test_activations(name, plain):
-    assert_same(ACTIVATIONS[name], plain, jnp.linspace(-6, 6, 101))
+    x_RF = jnp.linspace(-6, 6, 2 * 3 * 101).reshape(2, 3, 101)
+    assert_same(ACTIVATIONS[name], lambda x, _: plain(x), x_RF, None)
+    assert_same(
+        ACTIVATIONS[name], lambda x, bias: plain(x + bias[None, None]), x_RF, normal(3, 101)
+    )
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -85,7 +91,7 @@ def test_nothing_is_kept_in_float32(layer):
     x = normal(0, 2, 5, 8, 16).astype(jnp.bfloat16)
     calls = {
         "layer_norm": lambda x: layer_norm(x[0], jnp.ones(16), None),
-        **ACTIVATIONS,
+        **{name: functools.partial(call, bias=None) for name, call in ACTIVATIONS.items()},
         "attention": lambda x: attend(x, x, x),
     }
     y, pull = jax.vjp(calls[layer], x)

@@ -83,8 +83,9 @@ def test_rows_go_into_groups_and_back():
     assert taken["x"].shape == (2, 4, 3)
     np.testing.assert_array_equal(join_groups(taken)["row"], expected_R)
     np.testing.assert_array_equal(join_groups(taken)["x"], x_RL[expected_R])
-    some_GJL = take_in_groups(x_RL, orders_GJ[:, 1:3])
-    np.testing.assert_array_equal(some_GJL.reshape(4, 3), x_RL[np.array([0, 3, 6, 5])])
+    weights_GJL = jnp.arange(24.0).reshape(2, 4, 3)
+    slope_RL = jax.grad(lambda x: jnp.vdot(weights_GJL, take_in_groups(x, orders_GJ)))(x_RL)
+    np.testing.assert_array_equal(slope_RL[expected_R], join_groups(weights_GJL))
     np.testing.assert_array_equal(are_parallel(orders_GJ, 1), [1, 1, 0, 1, 1, 1, 1, 0])
 
 

@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--num_photos", type=int, default=2048)
     args = parser.parse_args()
-    job = Job(**{name: getattr(args, name) for name in described(Job())}, variant="fixed")
+    job = Job(**{name: getattr(args, name) for name in described(Job())}, variant="fixed+unrolled")
     synthetic = synthetic_batches(
         image_size=job.image_size,
         text_length=job.text_length,
