@@ -14,6 +14,7 @@ from capjax.commands.program import build_mesh, build_program, check_counts
 from capjax.commands.settings import from_dataclass_kwargs
 from capjax.data.images import ImagePreprocessing
 from capjax.data.inspection import source_texts
+from capjax.data.mixture import Mixture, parse_schedule
 from capjax.data.pipeline import Batches, Reading, eval_batches, synthetic_batches, train_batches
 from capjax.data.sources import Source, open_source
 from capjax.data.tokenizer import Tokenizer
@@ -118,6 +119,13 @@ def build_captions(config: ConfigDict) -> CaptionChoice:
 
 def build_source(config: ConfigDict) -> Source | None:
     """The training examples; None for the synthetic ones, which have no end."""
+    if config.data.mixture:
+        return build_mixture(config)
+    if config.data.schedule:
+        raise UserError(
+            f"data.schedule={tuple(config.data.schedule)} weighs sources of data.mixture, which "
+            "is empty: name sources with --config.data.mixture.NAME=SOURCE"
+        )
     if config.data.source == SYNTHETIC:
         return None
     if not config.data.source:
@@ -128,6 +136,16 @@ def build_source(config: ConfigDict) -> Source | None:
     return open_source(
         config.data.source, styles=config.data.styles or None, flags=config.data.flags
     )
+
+
+def build_mixture(config: ConfigDict) -> Mixture:
+    """The sources of `data.mixture`, in the order of their names."""
+    if config.data.source:
+        raise UserError(
+            f"data.source={config.data.source} beside data.mixture: give one of the two"
+        )
+    sources = {name: open_source(address) for name, address in sorted(config.data.mixture.items())}
+    return Mixture(sources, parse_schedule(config.data.schedule, tuple(sources)))
 
 
 def open_splits(config: ConfigDict) -> dict[str, tuple[str, Source]]:

@@ -24,6 +24,11 @@ def default_config() -> ConfigDict:
     config.data = ConfigDict(
         {
             "source": "",
+            # In place of one source several, by names of yours; and how they are weighed from a
+            # position on, such as ("0:coco=3;web=1",) (none: by their examples). A resume may
+            # append entries.
+            "mixture": {},
+            "schedule": (),
             # Of the embedded corpus: the styles of drawing (none: all), and whether flags count.
             "styles": (),
             "flags": True,

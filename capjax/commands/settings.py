@@ -29,7 +29,7 @@ EXPECTED = {
     str: "text",
     tuple: "a list (such as 1,2 or a,b)",
 }
-OPEN_SECTIONS = ("evaluate.splits",)  # of text, by names that are the user's
+OPEN_SECTIONS = ("evaluate.splits", "data.mixture")  # of text, by names that are the user's
 _Value = typing.Any  # whatever a config field holds
 
 

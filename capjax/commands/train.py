@@ -12,6 +12,7 @@ MAY_CHANGE = (
     "profile.*",
     "tensorboard",
     "wandb_project",
+    "data.schedule",  # by appending, see `check_schedule`
 )
 
 
@@ -40,8 +41,26 @@ def run(args: argparse.Namespace) -> None:
     from capjax.training.workdir import open_workdir
 
     plan = build_run(config, args.workdir)
+    check_schedule(config, args.workdir)
     with open_workdir(args.workdir, settings.resolved_dict(config), MAY_CHANGE) as workdir:
         train_run(plan, workdir)
+
+
+def check_schedule(config, workdir: str) -> None:
+    """Raises `UserError` where a resume would change which source stood at a position seen."""
+    import json
+
+    from etils import epath
+
+    from capjax.checkpoint import list_steps
+    from capjax.data.mixture import check_appended
+
+    root = epath.Path(workdir).expanduser()
+    if not config.data.mixture or not (root / "config.json").exists():
+        return
+    before = json.loads((root / "config.json").read_text())
+    seen = max(list_steps(root / "checkpoints"), default=0) * before["batch_size"]
+    check_appended(before["data"]["schedule"], config.data.schedule, seen)
 
 
 def train_run(plan, workdir) -> None:

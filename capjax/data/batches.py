@@ -6,6 +6,7 @@ A maker turns the number of a global batch into this process's rows of it, and i
 
 import contextlib
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -13,9 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from capjax.data.images import ImageError, ImagePreprocessing, decode_image
+from capjax.data.mixture import Mixture, MixtureOrder
 from capjax.data.records import CorruptRecord, Example
 from capjax.data.sources import Source
-from capjax.data.stream import bad_reason, example_index, position_rng, substitute_index
+from capjax.data.stream import bad_reason, example_index, mix, position_rng, substitute_index
 from capjax.data.tokenizer import Tokenizer
 from capjax.data.transforms import (
     Augment,
@@ -168,8 +170,8 @@ class TrainMaker(Maker):
 
     def _pair(self, position: int, bad: list[BadRecord]) -> tuple[np.ndarray, list[str]]:
         """Image and captions at a position; what could not be used on the way is added to `bad`."""
-        num_examples = len(self.images.source)
-        index = example_index(self.seed, position, num_examples)
+        first, num_examples, seed, own_position = self._place(position)
+        index = first + example_index(seed, own_position, num_examples)
         for attempt in range(1, _MAX_ATTEMPTS + 1):
             try:
                 example, image = self.images.read(index)
@@ -179,11 +181,24 @@ class TrainMaker(Maker):
                 return augment_image(image, text, self.preprocessing, self.augment, rng), texts
             except (CorruptRecord, ImageError, NoCaption) as error:
                 bad.append(BadRecord(position, index, bad_reason(error), str(error)))
-                index = substitute_index(self.seed, position, attempt, num_examples)
+                index = first + substitute_index(seed, position, attempt, num_examples)
         raise DataError(
             f"{_MAX_ATTEMPTS} examples in a row cannot be used at position {position} of "
             f"{self.images.source!r}; the last: {bad[-1].detail}"
         )
+
+    def _place(self, position: int) -> tuple[int, int, int, int]:
+        """(first index, examples, seed, position) within the source that stands at a position."""
+        source = self.images.source
+        if not isinstance(source, Mixture):
+            return 0, len(source), self.seed, position
+        number, own_position = self._order.place(position)
+        return *source.span(number), mix(self.seed, number), own_position
+
+    @functools.cached_property
+    def _order(self) -> MixtureOrder:
+        assert isinstance(self.images.source, Mixture)
+        return self.images.source.order(self.seed)
 
 
 @dataclasses.dataclass(frozen=True)
