@@ -45,7 +45,17 @@ def default_config() -> ConfigDict:
     )
     # Sources of captions that are used (none: all), with weights (none: equal ones); captions
     # drawn for each image.
-    config.captions = ConfigDict({"sources": (), "weights": (), "lower": True, "per_image": 1})
+    config.captions = ConfigDict(
+        {
+            "sources": (),
+            "weights": (),
+            "lower": True,
+            "per_image": 1,
+            "sentences": "all",
+            "templates": (),
+            "max_tokens": 0,
+        }
+    )
     config.preprocessing = ConfigDict(
         {
             "image_size": 224,

@@ -18,7 +18,7 @@ from capjax.data.mixture import Mixture, MixtureOrder
 from capjax.data.records import CorruptRecord, Example
 from capjax.data.sources import Source
 from capjax.data.stream import bad_reason, example_index, mix, position_rng, substitute_index
-from capjax.data.tokenizer import Tokenizer
+from capjax.data.tokenizer import PAD_ID, Tokenizer
 from capjax.data.transforms import (
     Augment,
     CaptionChoice,
@@ -157,7 +157,7 @@ class TrainMaker(Maker):
         for row in range(self.num_rows):
             batch_images[row], captions = self._pair(first + row, bad)
             texts += captions
-        tokens = self.tokenizer.encode_batch(texts, self.text_length)
+        tokens = self._encode(texts)
         if self.captions.per_image > 1:
             tokens = tokens.reshape(self.num_rows, self.captions.per_image, self.text_length)
         positions = (first + np.arange(self.num_rows, dtype=np.uint64)).astype(np.uint32)
@@ -170,13 +170,13 @@ class TrainMaker(Maker):
 
     def _pair(self, position: int, bad: list[BadRecord]) -> tuple[np.ndarray, list[str]]:
         """Image and captions at a position; what could not be used on the way is added to `bad`."""
-        first, num_examples, seed, own_position = self._place(position)
+        first, num_examples, seed, own_position, dataset = self._place(position)
         index = first + example_index(seed, own_position, num_examples)
         for attempt in range(1, _MAX_ATTEMPTS + 1):
             try:
                 example, image = self.images.read(index)
                 rng = position_rng(self.seed, position)
-                texts = choose_captions(example, self.captions, rng)
+                texts = choose_captions(example, self.captions, rng, dataset)
                 text = " ".join(texts)
                 return augment_image(image, text, self.preprocessing, self.augment, rng), texts
             except (CorruptRecord, ImageError, NoCaption) as error:
@@ -187,13 +187,18 @@ class TrainMaker(Maker):
             f"{self.images.source!r}; the last: {bad[-1].detail}"
         )
 
-    def _place(self, position: int) -> tuple[int, int, int, int]:
-        """(first index, examples, seed, position) within the source that stands at a position."""
+    def _encode(self, texts: list[str]) -> np.ndarray:
+        length = min(self.captions.max_tokens or self.text_length, self.text_length)
+        tokens = self.tokenizer.encode_batch(texts, length)
+        return np.pad(tokens, ((0, 0), (0, self.text_length - length)), constant_values=PAD_ID)
+
+    def _place(self, position: int) -> tuple[int, int, int, int, str]:
+        """(first index, examples, seed, position, name) within the source at a position."""
         source = self.images.source
         if not isinstance(source, Mixture):
-            return 0, len(source), self.seed, position
+            return 0, len(source), self.seed, position, ""
         number, own_position = self._order.place(position)
-        return *source.span(number), mix(self.seed, number), own_position
+        return *source.span(number), mix(self.seed, number), own_position, source.names[number]
 
     @functools.cached_property
     def _order(self) -> MixtureOrder:

@@ -6,7 +6,8 @@ so that a change of one setting leaves the other draws as they were.
 
 import dataclasses
 import re
-from collections.abc import Mapping
+import string
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -25,6 +26,8 @@ _SIDE = re.compile(
     re.IGNORECASE,
 )
 
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+
 
 class NoCaption(Exception):  # noqa: N818 (a state of the data, counted and replaced)
     """An example without a caption of the wanted sources."""
@@ -42,15 +45,32 @@ class CaptionChoice:
     `sources` weighs the captions by their `source`, e.g. {"tts": 0.8, "keyword": 0.2}: a source is
     drawn among those the example has, then one of its captions. Empty: every caption alike.
     `per_image`: captions drawn for a training example.
+
+    In training a drawn caption is cut and framed: `sentences` keeps "all" of it, "one" random
+    sentence, or a random "run" of them (they end in . ! or ? before white space); then one of
+    `templates` is drawn, such as "a photo: {caption}", with `{source}` for the caption's source and
+    `{dataset}` for the name of its source in a mixture. References are left as they are.
+    `max_tokens`: so many tokens of a text are kept, its end included; 0: as many as there is room.
     """
 
     sources: Mapping[str, float] = dataclasses.field(default_factory=dict)
     lower: bool = True
     per_image: int = 1
+    sentences: str = "all"
+    templates: Sequence[str] = ()
+    max_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.per_image < 1:
             raise UserError(f"captions.per_image={self.per_image}: expected at least 1")
+        if self.max_tokens < 0 or self.max_tokens == 1:
+            raise UserError(f"captions.max_tokens={self.max_tokens}: expected 0, or 2 and more")
+        if self.sentences not in ("all", "one", "run"):
+            raise UserError(
+                f"captions.sentences={self.sentences!r}: choose one of 'all', 'one', 'run'"
+            )
+        for template in self.templates:
+            _check_template(template)
         weights = self.sources.values()
         if any(not 0 <= weight < float("inf") for weight in weights) or (
             weights and sum(weights) == 0
@@ -67,22 +87,58 @@ def clean_text(text: str, lower: bool) -> str:
     return text.lower() if lower else text
 
 
-def choose_captions(example: Example, choice: CaptionChoice, rng: np.random.Generator) -> list[str]:
+def choose_captions(
+    example: Example, choice: CaptionChoice, rng: np.random.Generator, dataset: str = ""
+) -> list[str]:
     """The texts of `choice.per_image` random captions, as it weighs them. Raises `NoCaption`.
 
     No caption is drawn twice before all were drawn. The second and later ones take their numbers
-    from a generator of their own, so that their count changes no other draw.
+    from a generator of their own, so that their count changes no other draw; and so does what is
+    drawn within a caption.
     """
     captions = left = _usable(example, choice)
+    bits: Any = rng.bit_generator  # NumPy's base class does not name `jumped`
+    within = np.random.Generator(bits.jumped(2)) if choice.sentences != "all" else None
+    framing = np.random.Generator(bits.jumped(3)) if choice.templates else None
     texts = []
     for number in range(choice.per_image):
         if number == 1:
-            bits: Any = rng.bit_generator  # NumPy's base class does not name `jumped`
             rng = np.random.Generator(bits.jumped())
         caption = _draw(left, choice, rng.random(2))
-        texts.append(clean_text(caption.text, choice.lower))
+        text = caption.text
+        if within is not None:
+            text = _some_sentences(text, choice.sentences == "one", within.random(2))
+        if framing is not None:
+            template = choice.templates[int(framing.random() * len(choice.templates))]
+            text = template.format(caption=text, source=caption.source, dataset=dataset)
+        texts.append(clean_text(text, choice.lower))
         left = [other for other in left if other is not caption] or captions
     return texts
+
+
+def _some_sentences(text: str, is_one: bool, u: np.ndarray) -> str:
+    """One sentence of the text, or a run: its length, then its place, from two uniform numbers."""
+    sentences = [part for part in _SENTENCE_END.split(text) if part.strip()]
+    length = 1 if is_one else 1 + int(u[0] * len(sentences))
+    start = int(u[1] * (len(sentences) - length + 1))
+    return " ".join(sentences[start : start + length])
+
+
+def _check_template(template: str) -> None:
+    """Raises `UserError` where it cannot be filled in, or leaves the caption out."""
+    try:
+        names = [
+            f"{name}{spec}{conversion or ''}"
+            for _, name, spec, conversion in string.Formatter().parse(template)
+            if name is not None
+        ]
+    except ValueError as error:
+        names = [str(error)]
+    if "caption" not in names or not set(names) <= {"caption", "source", "dataset"}:
+        raise UserError(
+            f"captions.templates: {template!r}: expected a text with {{caption}} in it, and "
+            "nothing else in braces but {source} and {dataset}"
+        )
 
 
 def _draw(captions: list[Caption], choice: CaptionChoice, u: np.ndarray) -> Caption:
@@ -103,11 +159,24 @@ def first_caption(example: Example, choice: CaptionChoice) -> str:
 
 
 def caption_texts(example: Example, choice: CaptionChoice) -> list[str]:
-    """All texts the choice can give for an example, in their order; for training a tokenizer."""
+    """The captions that the choice draws from, in their order; for training a tokenizer.
+
+    Framed by the templates in turn, without the name of a dataset.
+    """
     try:
-        return [clean_text(caption.text, choice.lower) for caption in _usable(example, choice)]
+        captions = _usable(example, choice)
     except NoCaption:
         return []
+    templates = choice.templates or ("{caption}",)
+    return [
+        clean_text(
+            templates[i % len(templates)].format(
+                caption=caption.text, source=caption.source, dataset=""
+            ),
+            choice.lower,
+        )
+        for i, caption in enumerate(captions)
+    ]
 
 
 def _usable(example: Example, choice: CaptionChoice) -> list[Caption]:

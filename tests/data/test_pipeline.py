@@ -129,6 +129,15 @@ def test_several_captions_an_image_lie_side_by_side():
         assert texts == {f"example {row}", f"number {row}"}
 
 
+def test_max_tokens_keeps_the_beginning_of_a_text():
+    whole, short = (
+        take(stream(Source(5), captions=CaptionChoice(max_tokens=n)), 2)["tokens"] for n in (0, 3)
+    )
+    np.testing.assert_array_equal(short[:, :2], whole[:, :2])
+    assert (short[:, 2] == EOS_ID).all()
+    assert (short[:, 3:] == PAD_ID).all()
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 400), st.integers(0, 2**40), st.integers(0, 2**63))
 def test_every_epoch_is_a_permutation(num_examples, epoch, seed):

@@ -88,6 +88,67 @@ def test_the_reference_is_the_first_caption_of_the_heaviest_source():
     assert caption_texts(EXAMPLE, CaptionChoice({"keyword": 1.0})) == ["cat", "pet"]
 
 
+LONG = Example("k", b"x", (Caption("A cat. It sits! Is it 3.5 kg?", "alt"),))
+
+
+def drawn(example: Example, dataset: str = "", **fields) -> Counter[str]:
+    """How often each text comes, of 3000."""
+    choice = CaptionChoice(**fields)
+    rngs = (np.random.default_rng(seed) for seed in range(3000))
+    return Counter(text for rng in rngs for text in choose_captions(example, choice, rng, dataset))
+
+
+def test_sentences_of_a_long_caption():
+    one = drawn(LONG, sentences="one")
+    assert set(one) == {"a cat.", "it sits!", "is it 3.5 kg?"}
+    assert min(one.values()) > 900
+    run = drawn(LONG, sentences="run")
+    pairs, whole = {"a cat. it sits!", "it sits! is it 3.5 kg?"}, "a cat. it sits! is it 3.5 kg?"
+    assert set(run) == set(one) | pairs | {whole}
+    assert abs(run[whole] - 1000) < 150  # each length alike, and each place of a length
+    assert all(abs(run[pair] - 500) < 120 for pair in pairs)
+    assert drawn(EXAMPLE, sentences="run").keys() == drawn(EXAMPLE).keys()
+
+
+def test_templates_frame_a_caption():
+    framed = drawn(LONG, "web", templates=("<{dataset}> {caption}", "{source}: {caption}"))
+    text = "a cat. it sits! is it 3.5 kg?"
+    assert set(framed) == {f"<web> {text}", f"alt: {text}"}
+    assert min(framed.values()) > 1300
+    braces = Example("k", b"x", (Caption("a {b} {0}"),))
+    assert set(drawn(braces, templates=("x {caption}",))) == {"x a {b} {0}"}
+    choice = CaptionChoice(templates=("{source}: {caption}",))
+    assert first_caption(LONG, choice) == text
+    assert caption_texts(LONG, choice) == [f"alt: {text}"]
+
+
+def test_what_is_drawn_within_a_caption_changes_no_other_draw():
+    for seed in range(50):
+        plain, cut = np.random.default_rng(seed), np.random.default_rng(seed)
+        kept = choose_captions(EXAMPLE, CaptionChoice(per_image=2), plain)
+        fields = {"sentences": "run", "templates": ("{caption}", " {caption}")}
+        assert choose_captions(EXAMPLE, CaptionChoice(per_image=2, **fields), cut) == kept
+        assert plain.random() == cut.random()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("sentences", "some", "choose one of 'all'"),
+        ("templates", ("a photo",), "with {caption} in it"),
+        ("templates", ("{caption} of {who}",), "nothing else in braces"),
+        ("templates", ("{caption",), "with {caption} in it"),
+        ("templates", ("{caption.__class__}",), "with {caption} in it"),
+        ("templates", ("{caption:>9}",), "with {caption} in it"),
+        ("max_tokens", 1, "expected 0, or 2 and more"),
+        ("max_tokens", -2, "expected 0, or 2 and more"),
+    ],
+)
+def test_impossible_cuts_and_frames_are_refused(field, value, words):
+    with pytest.raises(UserError, match=rf"captions\.{field}.*{words}"):
+        CaptionChoice(**{field: value})
+
+
 def test_an_example_without_a_wanted_caption_is_named():
     choice = CaptionChoice({"alt": 1.0})
     with pytest.raises(NoCaption, match=r"k: sources \['keyword', 'tts'\], wanted \['alt'\]"):
