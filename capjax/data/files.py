@@ -3,19 +3,30 @@
 A path without `://` is local and read without fsspec.
 """
 
+import contextlib
 import glob
 import os
 import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from capjax.errors import UserError
 
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_MAX_RANGE = 1_000_000
+# What the file systems call the mark of a file's content or time, the best first.
+_MARKS = ("etag", "md5hash", "content_md5", "mtime", "updated", "lastmodified", "last_modified")
+_REQUESTS = 16  # at once, where many files are asked for
 
 
 class FileState(NamedTuple):
-    """What tells that a file is another than before: its bytes, and when it was written."""
+    """What tells that a file is another than before: its bytes, and when it was written.
+
+    `modified` is the time of writing, or a hash of the content where the store has one ("": neither
+    is known).
+    """
 
     size: int
     modified: str
@@ -32,49 +43,43 @@ def expand(pattern: str) -> list[str]:
     A range names its files in its own order, and each must exist; a glob's are sorted. Raises
     `UserError` where there is none.
     """
-    if match := _BRACES.search(pattern):
-        first, last = match[1], match[2]
-        numbers = range(int(first), int(last) + 1)
-        before, after = pattern[: match.start()], pattern[match.end() :]
-        return [path for i in numbers for path in expand(f"{before}{i:0{len(first)}d}{after}")]
-    if is_remote(pattern):
-        import fsspec
-
-        protocol = pattern.split("://")[0]
-        system, path = fsspec.core.url_to_fs(pattern)
-        found = [f"{protocol}://{name.lstrip('/')}" for name in system.glob(path)]
-    else:
-        path = os.path.expanduser(pattern)  # noqa: PTH111 (globs are strings)
-        found = [path] if Path(path).is_file() else glob.glob(path)  # noqa: PTH207
-        found = [name for name in found if Path(name).is_file()]
-    if not found:
-        raise UserError(f"no file {pattern!r}: expected a path, or a pattern that some file fits")
-    return sorted(found)
+    paths = _ranges(pattern)
+    if len(paths) == 1:
+        return _existing(paths[0])
+    with ThreadPoolExecutor(_REQUESTS) as pool:
+        return [path for found in pool.map(_existing, paths) for path in found]
 
 
 def state(path: str) -> FileState:
-    """Size and time of the file. Raises `OSError` where it cannot be seen."""
+    """Size and mark of the file. Raises `OSError` where it cannot be seen."""
     if not is_remote(path):
         found = os.stat(path)  # noqa: PTH116
         return FileState(found.st_size, str(found.st_mtime_ns))
-    import fsspec
-
-    system, inner = fsspec.core.url_to_fs(path)
-    info = system.info(inner)
-    modified = info.get("ETag") or info.get("mtime") or info.get("updated") or info.get("created")
-    return FileState(int(info["size"]), str(modified))
+    system, inner = _system(path)
+    with _as_os_error(path):
+        info = {name.lower(): value for name, value in system.info(inner).items()}
+    if info.get("size") is None:
+        raise OSError(f"{path}: the server does not tell its size")
+    mark = next((str(info[name]) for name in (*_MARKS, "created") if info.get(name)), "")
+    return FileState(int(info["size"]), mark)
 
 
 def read_bytes(path: str, start: int = 0, length: int | None = None) -> bytes:
-    """The bytes [start, start + length) of the file, or up to its end. Raises `OSError`."""
+    """The bytes [start, start + length) of the file, or up to its end; fewer where it ends before.
+
+    Raises `OSError`.
+    """
     if not is_remote(path):
         with open(path, "rb") as file:  # noqa: PTH123
             file.seek(start)
             return file.read() if length is None else file.read(length)
-    import fsspec
-
-    system, inner = fsspec.core.url_to_fs(path)
-    return system.cat_file(inner, start=start, end=None if length is None else start + length)
+    if length == 0:
+        return b""  # an empty range is the whole file to some servers
+    system, inner = _system(path)
+    with _as_os_error(path):
+        if length is None:
+            return system.cat_file(inner, start=start or None)
+        return system.cat_file(inner, start=start, end=start + length)
 
 
 def sibling(path: str, name: str) -> str:
@@ -82,3 +87,73 @@ def sibling(path: str, name: str) -> str:
     if is_remote(name) or name.startswith(("/", "~")):
         return os.path.expanduser(name)  # noqa: PTH111
     return f"{path.rpartition('/')[0]}/{name}" if "/" in path else name
+
+
+def _ranges(pattern: str) -> list[str]:
+    match = _BRACES.search(pattern)
+    if match is None:
+        return [pattern]
+    first, last = match[1], match[2]
+    if not 0 <= int(last) - int(first) < _MAX_RANGE:
+        raise UserError(
+            f"range {match[0]} of {pattern!r}: expected the last number not below the first, and "
+            f"at most {_MAX_RANGE} files"
+        )
+    before, after = pattern[: match.start()], pattern[match.end() :]
+    numbers = range(int(first), int(last) + 1)
+    return [path for i in numbers for path in _ranges(f"{before}{i:0{len(first)}d}{after}")]
+
+
+def _existing(pattern: str) -> list[str]:
+    if is_remote(pattern):
+        found = _remote_matches(pattern)
+    else:
+        path = os.path.expanduser(pattern)  # noqa: PTH111 (globs are strings)
+        found = [path] if Path(path).is_file() else glob.glob(path, recursive=True)  # noqa: PTH207
+        found = [name for name in found if Path(name).is_file()]
+    if not found:
+        raise UserError(f"no file {pattern!r}: expected a path, or a pattern that some file fits")
+    return sorted(found)
+
+
+def _remote_matches(pattern: str) -> list[str]:
+    system, path = _system(pattern)
+    try:
+        with _as_os_error(pattern):
+            if system.isfile(path):
+                return [pattern]
+            if not glob.has_magic(path):
+                return []
+            system.invalidate_cache()  # a listing of before may lack new files
+            matches = system.glob(path, detail=True)
+    except OSError as error:
+        raise UserError(f"cannot look for {pattern!r}: {error}") from error
+    protocol, _, given = pattern.partition("://")
+    names = [name for name, info in matches.items() if info["type"] == "file"]
+    if not given.startswith("/"):  # some systems add a slash
+        names = [name.lstrip("/") for name in names]
+    return [name if is_remote(name) else f"{protocol}://{name}" for name in names]
+
+
+def _system(path: str) -> tuple[Any, str]:
+    """The file system of a URL, and the path within it."""
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(path)
+    except (ImportError, ValueError) as error:
+        raise UserError(
+            f"cannot read {path!r}: {error}; install the fsspec package of that kind of storage "
+            "(s3fs, gcsfs, adlfs, aiohttp), or give another URL"
+        ) from error
+
+
+@contextlib.contextmanager
+def _as_os_error(path: str) -> Iterator[None]:
+    """Clients of stores raise errors of their own kinds (no credentials, no connection)."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{path}: {type(error).__name__}: {error}") from error
