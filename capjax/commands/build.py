@@ -15,7 +15,14 @@ from capjax.commands.settings import from_dataclass_kwargs
 from capjax.data.images import ImagePreprocessing
 from capjax.data.inspection import source_texts
 from capjax.data.mixture import Mixture, parse_schedule
-from capjax.data.pipeline import Batches, Reading, eval_batches, synthetic_batches, train_batches
+from capjax.data.pipeline import (
+    BadRecord,
+    Batches,
+    Reading,
+    eval_batches,
+    synthetic_batches,
+    train_batches,
+)
 from capjax.data.sources import Source, open_source
 from capjax.data.tokenizer import Tokenizer
 from capjax.data.transforms import Augment, CaptionChoice
@@ -188,7 +195,9 @@ def build_warm_start(config: ConfigDict) -> WarmStart:
     return warm
 
 
-def training_batches(plan: Plan, start: int) -> Batches | Iterator[dict[str, Any]]:
+def training_batches(
+    plan: Plan, start: int, on_bad: Callable[[list[BadRecord]], None] = lambda records: None
+) -> Batches | Iterator[dict[str, Any]]:
     """This process's rows of the training stream from `start` examples on."""
     config, data = plan.config, plan.data
     shared = {
@@ -210,6 +219,7 @@ def training_batches(plan: Plan, start: int) -> Batches | Iterator[dict[str, Any
         captions=data.captions,
         reading=data.reading,
         bad_budget=config.data.bad_budget,
+        on_bad=on_bad,
         **shared,
     )
 

@@ -75,6 +75,7 @@ def train_run(plan, workdir) -> None:
     from capjax.commands import build, summary
     from capjax.commands.evaluators import build_evaluators
     from capjax.mesh import place_batch
+    from capjax.training.bad_records import open_bad_records
     from capjax.training.loop import train
     from capjax.training.metrics import make_writers
     from capjax.training.profile import Tracer
@@ -103,7 +104,9 @@ def train_run(plan, workdir) -> None:
         else:
             start_step, state, _ = restored
             progress.say(f"resuming after step {start_step} in {root}")
-        batches = build.training_batches(plan, start_step * config.batch_size)
+        start = start_step * config.batch_size
+        on_bad = open_bad_records(root, jax.process_index(), start)
+        batches = build.training_batches(plan, start, on_bad)
         if hasattr(batches, "close"):
             stack.callback(batches.close)
         writers = make_writers(
@@ -137,6 +140,7 @@ def train_run(plan, workdir) -> None:
             progress=progress,
             tracer=Tracer(root / "profile", **config.profile),
             flops_per_image=plan.towers.flops_per_example(),
+            host_metrics=getattr(batches, "newly_bad", dict),
         )
         checkpointer.wait()
         if jax.process_index() == 0:

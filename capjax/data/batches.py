@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,12 +53,21 @@ class Batches:
     """An iterator of batches that counts what could not be used. Close it, or use it in `with`.
 
     `bad`: reason -> number; `bad_records`: the first 10 000 of them; `seen`: positions delivered.
+    `on_bad` is given those of each batch as it is delivered.
     Only what was delivered counts, not what was made ahead. Raises `DataError` once more than
     `bad_budget` of at least 200 positions were bad.
     """
 
-    def __init__(self, batches: Iterator[dict[str, Any]], bad_budget: float, source: str) -> None:
+    def __init__(
+        self,
+        batches: Iterator[dict[str, Any]],
+        bad_budget: float,
+        source: str,
+        on_bad: Callable[[list[BadRecord]], None] = lambda records: None,
+    ) -> None:
         self._batches = batches
+        self._on_bad = on_bad
+        self._told: Counter[str] = Counter()
         self._bad_budget = bad_budget
         self._source = source
         self.bad: Counter[str] = Counter()
@@ -74,6 +83,7 @@ class Batches:
         self.seen += len(batch["image"])
         self.bad.update(record.reason for record in bad)
         self.bad_records += bad[: _MAX_LISTED - len(self.bad_records)]
+        self._on_bad(bad)
         total = self.bad.total()
         if self.seen >= _MIN_SEEN and total > self._bad_budget * self.seen:
             reasons = ", ".join(f"{reason} {count}" for reason, count in self.bad.most_common())
@@ -84,6 +94,12 @@ class Batches:
                 f"{self._source}: {first.detail}; mend the source or raise the budget"
             )
         return batch
+
+    def newly_bad(self) -> dict[str, int]:
+        """Reason -> number since the last call, by name of a metric ("bad/no_caption")."""
+        new = self.bad - self._told
+        self._told += new
+        return {f"bad/{reason.replace(' ', '_')}": count for reason, count in new.items()}
 
     def close(self) -> None:
         """Ends the threads and worker processes."""

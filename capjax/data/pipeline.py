@@ -87,6 +87,7 @@ def train_batches(
     process_count: int = 1,
     reading: Reading = Reading(),
     bad_budget: float = 0.01,
+    on_bad: Callable[[list[BadRecord]], None] = lambda records: None,
 ) -> Batches:
     """The endless training stream from position `start` (examples seen), this process's rows.
 
@@ -94,7 +95,8 @@ def train_batches(
     for K = captions.per_image > 1), `position` uint32 [R] (modulo 2^32), R = batch_size /
     process_count. Seeking costs nothing. Memory:
     max(prefetch, num_threads) batches in each reading process, and the cache.
-    Raises `UserError` for impossible settings now, and `DataError` from the iterator.
+    `on_bad` is given the bad records of each batch. Raises `UserError` for impossible settings now,
+    and `DataError` from the iterator.
     """
     _check(source, text_length, batch_size, process_index, process_count)
     if start < 0 or seed < 0 or not 0 <= bad_budget <= 1:
@@ -116,7 +118,7 @@ def train_batches(
         seed=seed,
         start=start,
     )
-    return Batches(_read(make_batch, _ENDLESS, reading), bad_budget, repr(source))
+    return Batches(_read(make_batch, _ENDLESS, reading), bad_budget, repr(source), on_bad)
 
 
 def eval_batches(
