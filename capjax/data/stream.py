@@ -28,31 +28,66 @@ def mix(*values: int) -> int:
     return state
 
 
+# Blocks whose examples are shuffled together, and so are held in memory.
+WINDOW_BLOCKS = 16
+
+
 @functools.lru_cache(maxsize=64)
-def _round_keys(seed: int, epoch: int) -> tuple[int, ...]:
-    return tuple(mix(seed, epoch, i) for i in range(_ROUNDS))
+def _round_keys(*values: int) -> tuple[int, ...]:
+    return tuple(mix(*values, i) for i in range(_ROUNDS))
 
 
 def example_index(seed: int, position: int, num_examples: int) -> int:
     """Which example stands at a position: each once an epoch, in O(1) time and memory.
 
-    A Feistel network over pairs (a, b) of remainders, a x b just above `num_examples`; a result
-    beyond it is permuted again until it is within. (Grain's own shuffle takes up to 10 ms an index
-    for sources of a few examples, and 32 bits.)
+    (Grain's own shuffle takes up to 10 ms an index for sources of a few examples, and 32 bits.)
     """
     epoch, index = divmod(position, num_examples)
-    keys = _round_keys(seed, epoch)
-    size = math.isqrt(num_examples - 1) + 1  # at least the square root
+    return _permute(index, num_examples, _round_keys(seed, epoch))
+
+
+def block_example_index(
+    seed: int, position: int, num_examples: int, block_size: int, window: int = WINDOW_BLOCKS
+) -> int:
+    """As `example_index`, in an order that reads a source by blocks of neighbouring examples.
+
+    Block b is the examples [b * block_size, (b + 1) * block_size), the last of them shorter. The
+    blocks are shuffled anew each epoch, and so are the examples of every `window` blocks' worth of
+    positions, which lie in at most `window` + 2 blocks. Each example once an epoch, in O(1).
+    """
+    epoch, index = divmod(position, num_examples)
+    number, within = divmod(index, window * block_size)
+    first = number * window * block_size
+    count = min(window * block_size, num_examples - first)
+    index = first + _permute(within, count, _round_keys(seed, epoch, number))
+    full, rest = divmod(num_examples, block_size)
+    # The short block has a place of its own, so that every other block is as long as its place.
+    before_rest = mix(seed, epoch) % (full + 1) * block_size
+    if index >= before_rest + rest:
+        index -= rest
+    elif index >= before_rest:
+        return full * block_size + index - before_rest
+    place, offset = divmod(index, block_size)
+    return _permute(place, full, _round_keys(seed, epoch)) * block_size + offset
+
+
+def _permute(index: int, count: int, keys: tuple[int, ...]) -> int:
+    """Where the keys' permutation of `range(count)` takes an index.
+
+    A Feistel network over pairs (a, b) of remainders, a x b just above `count`; a result beyond it
+    is permuted again until it is within.
+    """
+    size = math.isqrt(count - 1) + 1  # at least the square root
     while True:
         a, b = divmod(index, size)
-        a_size, b_size = -(-num_examples // size), size
+        a_size, b_size = -(-count // size), size
         for key in keys:
             h = (a + key) * 0xBF58476D1CE4E5B9 & _MASK
             h = (h ^ h >> 29) * 0x94D049BB133111EB & _MASK
             a, b = (b + (h >> 32)) % b_size, a
             a_size, b_size = b_size, a_size
         index = a * size + b
-        if index < num_examples:
+        if index < count:
             return index
 
 
