@@ -29,7 +29,25 @@ class Layout(NamedTuple):
     suffixes: tuple[str, ...] = ()
 
 
-LAYOUTS: dict[str, Layout] = {}
+LAYOUTS: dict[str, Layout] = {
+    "csv": Layout(
+        "capjax.data.readers.tables:open_csv",
+        ("image", "caption", "images", "key", "delimiter"),
+        (".csv", ".tsv", ".csv.gz", ".tsv.gz"),
+    ),
+    "jsonl": Layout(
+        "capjax.data.readers.tables:open_jsonl",
+        ("image", "caption", "images", "key"),
+        (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz"),
+    ),
+    "coco": Layout("capjax.data.readers.coco:open_coco", ("images",)),
+    "karpathy": Layout("capjax.data.readers.coco:open_karpathy", ("split", "images")),
+    "nocaps": Layout("capjax.data.readers.coco:open_nocaps", ("images",)),
+    "textcaps": Layout("capjax.data.readers.coco:open_textcaps", ("images",)),
+    "vizwiz": Layout("capjax.data.readers.coco:open_vizwiz", ("images",)),
+    "conceptual": Layout("capjax.data.readers.web_lists:open_conceptual", ("images", "name")),
+    "redcaps": Layout("capjax.data.readers.web_lists:open_redcaps", ("images",)),
+}
 
 
 class Address(NamedTuple):
