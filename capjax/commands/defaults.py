@@ -54,6 +54,8 @@ def default_config() -> ConfigDict:
             "sentences": "all",
             "templates": (),
             "max_tokens": 0,
+            "score": "",
+            "score_edges": (),
         }
     )
     config.preprocessing = ConfigDict(

@@ -5,6 +5,7 @@ so that a change of one setting leaves the other draws as they were.
 """
 
 import dataclasses
+import itertools
 import re
 import string
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ _SIDE = re.compile(
     re.IGNORECASE,
 )
 
+_PLACEHOLDERS = {"caption", "source", "dataset", "bin"}
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
@@ -50,6 +52,9 @@ class CaptionChoice:
     sentence, or a random "run" of them (they end in . ! or ? before white space); then one of
     `templates` is drawn, such as "a photo: {caption}", with `{source}` for the caption's source and
     `{dataset}` for the name of its source in a mixture. References are left as they are.
+    `{bin}` is the number of `score_edges` (rising) up to the example's metadata field `score`, such
+    as the similarity of image and text: a token for how well they fit (Kang et al. 2023, "Noise-
+    aware Learning from Web-crawled Image-Text Data"). Without that field an example is not used.
     `max_tokens`: so many tokens of a text are kept, its end included; 0: as many as there is room.
     """
 
@@ -59,6 +64,8 @@ class CaptionChoice:
     sentences: str = "all"
     templates: Sequence[str] = ()
     max_tokens: int = 0
+    score: str = ""
+    score_edges: Sequence[float] = ()
 
     def __post_init__(self) -> None:
         if self.per_image < 1:
@@ -71,6 +78,15 @@ class CaptionChoice:
             )
         for template in self.templates:
             _check_template(template)
+        edges = tuple(self.score_edges)
+        rising = all(low < high for low, high in itertools.pairwise(edges))
+        if bool(self.score) != bool(edges) or not rising:
+            raise UserError(
+                f"captions.score={self.score!r} and captions.score_edges={edges}: expected a field "
+                "of the metadata and rising numbers, such as 'similarity' and (0.2, 0.25, 0.3)"
+            )
+        if any("{bin}" in template for template in self.templates) and not self.score:
+            raise UserError("captions.templates has {bin}: name the field in captions.score")
         weights = self.sources.values()
         if any(not 0 <= weight < float("inf") for weight in weights) or (
             weights and sum(weights) == 0
@@ -99,6 +115,7 @@ def choose_captions(
     captions = left = _usable(example, choice)
     bits: Any = rng.bit_generator  # NumPy's base class does not name `jumped`
     within = np.random.Generator(bits.jumped(2)) if choice.sentences != "all" else None
+    score_bin = _score_bin(example, choice)
     framing = np.random.Generator(bits.jumped(3)) if choice.templates else None
     texts = []
     for number in range(choice.per_image):
@@ -110,10 +127,25 @@ def choose_captions(
             text = _some_sentences(text, choice.sentences == "one", within.random(2))
         if framing is not None:
             template = choice.templates[int(framing.random() * len(choice.templates))]
-            text = template.format(caption=text, source=caption.source, dataset=dataset)
+            text = template.format(
+                caption=text, source=caption.source, dataset=dataset, bin=score_bin
+            )
         texts.append(clean_text(text, choice.lower))
         left = [other for other in left if other is not caption] or captions
     return texts
+
+
+def _score_bin(example: Example, choice: CaptionChoice) -> str:
+    """The number of edges up to the example's score; "" without such a setting."""
+    if not choice.score:
+        return ""
+    try:
+        score = float(example.metadata[choice.score])
+    except (KeyError, TypeError, ValueError):
+        raise NoCaption(f"{example.key}: no number in metadata[{choice.score!r}]") from None
+    if np.isnan(score):
+        raise NoCaption(f"{example.key}: metadata[{choice.score!r}] is not a number")
+    return str(int(np.searchsorted(choice.score_edges, score, side="right")))
 
 
 def _some_sentences(text: str, is_one: bool, u: np.ndarray) -> str:
@@ -134,10 +166,10 @@ def _check_template(template: str) -> None:
         ]
     except ValueError as error:
         names = [str(error)]
-    if "caption" not in names or not set(names) <= {"caption", "source", "dataset"}:
+    if "caption" not in names or not set(names) <= _PLACEHOLDERS:
         raise UserError(
             f"captions.templates: {template!r}: expected a text with {{caption}} in it, and "
-            "nothing else in braces but {source} and {dataset}"
+            "nothing else in braces but {source}, {dataset} and {bin}"
         )
 
 
@@ -164,14 +196,14 @@ def caption_texts(example: Example, choice: CaptionChoice) -> list[str]:
     Framed by the templates in turn, without the name of a dataset.
     """
     try:
-        captions = _usable(example, choice)
+        captions, score_bin = _usable(example, choice), _score_bin(example, choice)
     except NoCaption:
         return []
     templates = choice.templates or ("{caption}",)
     return [
         clean_text(
             templates[i % len(templates)].format(
-                caption=caption.text, source=caption.source, dataset=""
+                caption=caption.text, source=caption.source, dataset="", bin=score_bin
             ),
             choice.lower,
         )

@@ -122,6 +122,36 @@ def test_templates_frame_a_caption():
     assert caption_texts(LONG, choice) == [f"alt: {text}"]
 
 
+def test_a_token_tells_how_well_a_caption_fits():
+    fields = {"templates": ("<{bin}> {caption}",), "score": "fit", "score_edges": (0.2, 0.3)}
+    for fit, name in ((-1, 0), (0.19, 0), (0.2, 1), ("0.25", 1), (0.3, 2), (9, 2)):
+        example = Example("k", b"x", (Caption("a"),), metadata={"fit": fit})
+        assert set(drawn(example, **fields)) == {f"<{name}> a"}
+        assert caption_texts(example, CaptionChoice(**fields)) == [f"<{name}> a"]
+    published = (0.0280284, 0.0929691, 0.1579097, 0.2228504, 0.2877911, 0.3527318, 0.4176725)
+    for fit, name in (
+        (-0.1, 0),
+        (0, 0),
+        (0.1, 2),
+        (0.2, 3),
+        (0.25, 4),
+        (0.3, 5),
+        (0.4, 6),
+        (0.9, 7),
+    ):
+        example = Example("k", b"x", (Caption("a"),), metadata={"fit": fit})
+        assert set(drawn(example, **fields | {"score_edges": published})) == {f"<{name}> a"}
+    for metadata in ({}, {"fit": None}, {"fit": "much"}, {"fit": float("nan")}):
+        example = Example("k", b"x", (Caption("a"),), metadata=metadata)
+        with pytest.raises(NoCaption, match="metadata\\['fit'\\]"):
+            choose_captions(example, CaptionChoice(**fields), np.random.default_rng(0))
+    for wrong in ({"score": "fit"}, {"score_edges": (1.0,)}, {"templates": ("{bin} {caption}",)}):
+        with pytest.raises(UserError, match=r"captions\.score"):
+            CaptionChoice(**wrong)
+    with pytest.raises(UserError, match="rising numbers"):
+        CaptionChoice(score="fit", score_edges=(0.3, 0.2))
+
+
 def test_what_is_drawn_within_a_caption_changes_no_other_draw():
     for seed in range(50):
         plain, cut = np.random.default_rng(seed), np.random.default_rng(seed)
