@@ -65,9 +65,11 @@ COMMANDS = {
         ),
     ),
     "data": Command(
-        "Look at a data source, or train a tokenizer on its captions.",
+        "Prepare a data source, count it, look at it, or train a tokenizer on its captions.",
         False,
         (
+            "capjax data prepare photos --output=prepared --resize=256 --format=jpeg",
+            "capjax data stats prepared emoji:val --output=stats.html",
             "capjax data inspect emoji:val --output=page.html",
             "capjax data tokenizer emoji:train --vocab_size=1000 --output=emoji.model",
         ),

@@ -1,14 +1,17 @@
-"""`capjax data`: looks at a source, or trains a tokenizer on its captions."""
+"""`capjax data`: looks at a source, prepares it, or trains a tokenizer on its captions."""
 
 import argparse
 from pathlib import Path
 
+from capjax.commands import data_prepare, data_stats
 from capjax.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The sub-commands `inspect` and `tokenizer`, and their flags."""
+    """The sub-commands and their flags."""
     commands = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
+    data_prepare.add_command(commands)
+    data_stats.add_command(commands)
     inspect = commands.add_parser(
         "inspect",
         help="print training pairs and token lengths, and draw a contact sheet",
@@ -32,6 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_captions(tokenizer)
     tokenizer.add_argument("--output", required=True, metavar="FILE.model")
+    tokenizer.add_argument(
+        "--split_by_whitespace",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="no piece spans words (default: yes; no suits captions made of set phrases)",
+    )
     for command in (inspect, tokenizer):
         command.add_argument(
             "--vocab_size", type=int, default=1000, metavar="N", help="pieces (default 1000)"
@@ -62,6 +71,12 @@ def _add_captions(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the sub-command. Raises `UserError` for input that is wrong."""
+    if args.data_command == "prepare":
+        data_prepare.run(args)
+        return
+    if args.data_command == "stats":
+        data_stats.run(args)
+        return
     for name in ("num", "max_examples"):
         if getattr(args, name, 1) < 1:
             raise UserError(f"--{name}={getattr(args, name)}: expected at least 1")
@@ -122,7 +137,9 @@ def _train_tokenizer(args: argparse.Namespace, source, choice, output: Path) -> 
     from capjax.data.tokenizer import Tokenizer
 
     texts = inspection.source_texts(source, choice, args.max_examples)
-    tokenizer = Tokenizer.train(texts, args.vocab_size)
+    tokenizer = Tokenizer.train(
+        texts, args.vocab_size, split_by_whitespace=args.split_by_whitespace
+    )
     output.write_bytes(tokenizer.model_bytes)
     fewer = " (the captions hold no more)" if tokenizer.vocab_size < args.vocab_size else ""
     print(inspection.length_table(tokenizer.count(text) for text in texts))
