@@ -40,6 +40,11 @@ LAYOUTS: dict[str, Layout] = {
         ("image", "caption", "images", "key"),
         (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz"),
     ),
+    "parquet": Layout(
+        "capjax.data.readers.parquet:open_parquet",
+        ("image", "caption", "key", "images", "cache_megabytes"),
+        (".parquet",),
+    ),
     "coco": Layout("capjax.data.readers.coco:open_coco", ("images",)),
     "karpathy": Layout("capjax.data.readers.coco:open_karpathy", ("split", "images")),
     "nocaps": Layout("capjax.data.readers.coco:open_nocaps", ("images",)),

@@ -2,11 +2,12 @@
 
 import difflib
 import glob
+import json
 import os
 from collections.abc import Sequence
 from operator import index as as_index
 from pathlib import Path
-from typing import Protocol, SupportsIndex, runtime_checkable
+from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
 
@@ -136,7 +137,8 @@ class Subset:
 class ImageDirectory:
     """The image files below a directory, in the order of their relative paths, which are the keys.
 
-    A file of the same name ending in `.txt` holds the caption. Names starting with a dot are
+    A file of the same name ending in `.txt` holds the caption. An object in one ending in `.json`,
+    as img2dataset writes, holds a `caption` too, and metadata. Names starting with a dot are
     skipped; links to directories are followed once. `files` fixes the relative paths instead of
     searching. A file that has become unreadable raises CorruptRecord when it is asked for; whether
     the bytes are a sound image shows when they are decoded.
@@ -164,17 +166,34 @@ class ImageDirectory:
         try:
             image = path.read_bytes()
             sidecar = path.with_suffix(".txt")
-            # Lines are joined: the file is one caption, however it is wrapped.
-            text = " ".join(sidecar.read_text("utf-8").split()) if sidecar.is_file() else ""
-        except (OSError, UnicodeDecodeError) as error:
+            texts = [sidecar.read_text("utf-8")] if sidecar.is_file() else []
+            metadata = _json_beside(path)
+        except (OSError, ValueError, RecursionError) as error:
             raise CorruptRecord(str(path), i, str(error)) from error
         if not image:
             raise CorruptRecord(str(path), i, "the file is empty")
-        captions = (Caption(text, source="sidecar"),) if text else ()
-        return Example(self.keys[i], image, captions)
+        if isinstance(metadata.get("caption"), str):
+            texts.append(metadata.pop("caption"))
+        # Lines are joined: the file is one caption, however it is wrapped. img2dataset writes the
+        # same caption into both files.
+        different = dict.fromkeys(" ".join(text.split()) for text in texts)
+        captions = tuple(Caption(text, source="sidecar") for text in different if text)
+        return Example(self.keys[i], image, captions, metadata=metadata)
 
     def __repr__(self) -> str:
         return f"ImageDirectory({self.directory!r}; {len(self)} images)"
+
+
+def _json_beside(image: Path) -> dict[str, Any]:
+    """The object in the `.json` file of the image's name; empty where there is none."""
+    sidecar = image.with_suffix(".json")
+    if not sidecar.is_file():
+        return {}
+    fields = json.loads(sidecar.read_text("utf-8"))
+    if type(fields) is not dict:
+        return {}
+    json.dumps(fields, ensure_ascii=False).encode()  # half a surrogate pair fails here, not later
+    return fields
 
 
 def _find_images(directory: str) -> list[str]:

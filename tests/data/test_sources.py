@@ -1,3 +1,4 @@
+import json
 import os
 import pickle
 
@@ -41,6 +42,45 @@ def test_directory_gives_its_images_in_order_with_sidecar_captions(folder):
     assert source[0] == Example("a.jpg", b"A", (Caption("A small dog on grass.", "sidecar"),))
     assert source[2] == Example("deep/c.jpeg", b"C")
     assert "6 images" in repr(source)
+
+
+def test_directory_of_img2dataset_has_metadata(tmp_path):
+    """Its output_format="files": image, caption and metadata in a folder, a table beside that."""
+    (tmp_path / "00000").mkdir()
+    (tmp_path / "00000.parquet").write_bytes(b"PAR1")
+    (tmp_path / "00000_stats.json").write_text("{}")
+    metadata = {
+        "url": "http://x/y.jpg",
+        "key": "000000000",
+        "status": "success",
+        "error_message": None,
+        "width": 256,
+        "exif": "{}",
+        "sha256": "ab",
+    }
+    for i, text in enumerate(["A dog ", None, "A cat"]):
+        path = tmp_path / "00000" / f"{i:09d}.jpg"
+        path.write_bytes(b"J")
+        path.with_suffix(".txt").write_text(text or "")
+        path.with_suffix(".json").write_text(json.dumps({"caption": text, **metadata}))
+    (tmp_path / "00000" / "000000002.txt").unlink()
+    source = open_source(tmp_path)
+    assert source[0] == Example(
+        "00000/000000000.jpg", b"J", (Caption("A dog", "sidecar"),), metadata=metadata
+    )
+    assert source[1].captions == ()
+    assert source[2].captions == (Caption("A cat", "sidecar"),)
+
+
+def test_json_sidecar_of_another_make(folder):
+    for text, metadata in (("[1]", {}), ('{"shapes": [1]}', {"shapes": [1]})):
+        (folder / "a.json").write_text(text)
+        captions = (Caption("A small dog on grass.", "sidecar"),)
+        assert open_source(folder)[0] == Example("a.jpg", b"A", captions, metadata=metadata)
+    for text in ('{"caption": ', '{"caption": "\\ud800"}', "[" * 100_000):
+        (folder / "a.json").write_text(text)
+        with pytest.raises(CorruptRecord):
+            open_source(folder)[0]
 
 
 def test_source_of_images_pickles(folder):
@@ -119,9 +159,9 @@ def test_directory_without_images_is_refused(tmp_path):
 
 
 def test_file_of_another_kind_is_refused(tmp_path):
-    (tmp_path / "table.parquet").write_bytes(b"PAR1")
+    (tmp_path / "arrays.npz").write_bytes(b"PK")
     with pytest.raises(UserError, match="expected an image"):
-        open_source(tmp_path / "table.parquet")
+        open_source(tmp_path / "arrays.npz")
 
 
 def test_unreadable_directory_is_refused(folder, monkeypatch):

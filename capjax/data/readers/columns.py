@@ -67,11 +67,15 @@ def row_of(record: dict[str, Any], columns: Columns, where: tuple[str, int]) -> 
             key = str(key)
         if type(key) is not str or not key:
             return _lacking("key", columns.key, key, where)
-    captions = [
+    return Row(key, image, take_captions(record, columns), record)
+
+
+def take_captions(record: dict[str, Any], columns: Columns) -> list[tuple[str, str]]:
+    """(column, text) of each caption of a record, which is left with the columns for metadata."""
+    record.pop("", None)  # pandas writes its index under no name
+    return [
         (name, text) for name in columns.captions for text in caption_texts(record.pop(name, None))
     ]
-    record.pop("", None)  # pandas writes its index under no name
-    return Row(key, image, captions, record)
 
 
 def caption_texts(value: object) -> list[str]:
