@@ -30,6 +30,9 @@ class Layout(NamedTuple):
 
 
 LAYOUTS: dict[str, Layout] = {
+    "webdataset": Layout(
+        "capjax.data.readers.webdataset:open_webdataset", ("captions", "cache", "block"), (".tar",)
+    ),
     "csv": Layout(
         "capjax.data.readers.tables:open_csv",
         ("image", "caption", "images", "key", "delimiter"),
