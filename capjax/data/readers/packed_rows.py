@@ -42,13 +42,13 @@ class PackedRows:
                 captions = self._numbered(row.captions)
                 metadata = self._numbered(row.metadata.items())
                 key = None if row.key == row.image else row.key
-                self._data += self._packer.pack((row.image, captions, metadata, key))
+                self._data += self._packer.pack((row.image, captions, metadata, key))  # pyrefly: ignore[unsupported-operation]
             except (OverflowError, ValueError, TypeError, RecursionError) as error:
                 self._packer = msgpack.Packer()  # what it had begun is still in its buffer
                 row = Damaged(_packing_failure(error))
         if isinstance(row, Damaged):
             self.num_damaged += 1
-            self._data += self._packer.pack(row.reason.encode("utf-8", "replace").decode())
+            self._data += self._packer.pack(row.reason.encode("utf-8", "replace").decode())  # pyrefly: ignore[unsupported-operation]
         self._hashes.append(hash(row[0]))
         self._ends.append(len(self._data))
 

@@ -66,4 +66,4 @@ def _open(path: str) -> io.BufferedReader:
         return Path(path).open("rb")
     import fsspec
 
-    return io.BufferedReader(fsspec.open(path, "rb").open())
+    return io.BufferedReader(fsspec.open(path, "rb").open())  # pyrefly: ignore[missing-attribute]
