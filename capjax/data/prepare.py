@@ -205,5 +205,6 @@ def _publish(output: Path, work: Path, manifest: Mapping[str, Any]) -> None:
         if path.exists():  # else a run that was killed has moved it
             path.replace(output / shard["name"])
     shutil.copyfile(work / DROPPED, output / DROPPED)
-    write_json(output / MANIFEST, manifest)
+    write_json(work / MANIFEST, manifest)
+    (work / MANIFEST).replace(output / MANIFEST)
     shutil.rmtree(work)

@@ -36,8 +36,14 @@ def probe(source: Source) -> str:
 
 
 def versions() -> dict[str, str]:
-    """What decides the bytes of an image that is written anew."""
-    return {name: importlib.metadata.version(name) for name in ("capjax", "pillow")}
+    """What decides which images are found to be whole, and the bytes of those written anew."""
+    found = {}
+    for name in ("capjax", "pillow", "simplejpeg"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "none"
+    return found
 
 
 def finished(output: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -51,6 +57,13 @@ def finished(output: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not of `capjax data prepare`; choose another output") from error
     _refuse_another({**found, "versions": identity["versions"]}, identity, output)
+    for shard in manifest["shards"]:
+        shard_path = output / shard["name"]
+        if not shard_path.is_file() or shard_path.stat().st_size != shard["bytes"]:
+            raise UserError(
+                f"{shard_path} is missing or was changed since it was finished; put it back, or "
+                f"delete {output} and run again"
+            )
     shutil.rmtree(output / WORK, ignore_errors=True)
     return manifest
 

@@ -3,6 +3,7 @@ import fcntl
 import hashlib
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,6 +119,19 @@ def test_interrupted_anywhere_equals_uninterrupted(tmp_path):
                 run(output, part_size=20, report=interrupt)
         run(output)
         assert content(output) == content(tmp_path / "whole"), first
+
+
+@pytest.mark.parametrize("last", ["copyfile", "rmtree"])
+def test_interrupted_while_files_get_their_names(tmp_path, monkeypatch, last):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, last, interrupt)
+        run(tmp_path / "out")
+    assert run(tmp_path / "out").was_finished == (last == "rmtree")
+    run(tmp_path / "whole")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
 def kill_until_done(command: list[str], kills: int, longest_s: float, seed: int) -> int:
@@ -272,6 +286,13 @@ def test_a_finished_output_is_said_to_be_so(tmp_path):
     assert was_finished
     assert again == first
     assert content(tmp_path / "out") == before
+
+
+def test_a_finished_output_that_lost_a_shard_is_not_called_finished(tmp_path):
+    run(tmp_path / "out")
+    next((tmp_path / "out").glob("*.array_record")).unlink()
+    with pytest.raises(UserError, match=r"array_record is missing or was changed"):
+        run(tmp_path / "out")
 
 
 @pytest.mark.parametrize("is_finished", [True, False])
