@@ -91,7 +91,7 @@ def _header(read_at: ReadAt, position: int, total: int) -> _Header | None:
     rest = block[:148] + block[156:]
     unsigned = sum(rest) + 8 * ord(" ")
     # Some old writers added up signed bytes.
-    if stated not in (unsigned, unsigned - 256 * sum(byte > 127 for byte in rest)):
+    if stated != unsigned and stated != unsigned - 256 * sum(byte > 127 for byte in rest):
         raise DamagedTar(position, "no tar header (its checksum differs)")
     name = block[:100].split(b"\0")[0]
     kind = block[156]
