@@ -16,8 +16,14 @@ import numpy as np
 from capjax.data.images import ImageError, ImagePreprocessing, decode_image
 from capjax.data.mixture import Mixture, MixtureOrder
 from capjax.data.records import CorruptRecord, Example
-from capjax.data.sources import Source
-from capjax.data.stream import bad_reason, example_index, mix, position_rng, substitute_index
+from capjax.data.sources import Source, block_size
+from capjax.data.stream import (
+    bad_reason,
+    block_example_index,
+    mix,
+    position_rng,
+    substitute_index,
+)
 from capjax.data.tokenizer import PAD_ID, Tokenizer
 from capjax.data.transforms import (
     Augment,
@@ -186,8 +192,9 @@ class TrainMaker(Maker):
 
     def _pair(self, position: int, bad: list[BadRecord]) -> tuple[np.ndarray, list[str]]:
         """Image and captions at a position; what could not be used on the way is added to `bad`."""
-        first, num_examples, seed, own_position, dataset = self._place(position)
-        index = first + example_index(seed, own_position, num_examples)
+        first, part, seed, own_position, dataset = self._place(position)
+        num_examples = len(part)
+        index = first + block_example_index(seed, own_position, num_examples, block_size(part))
         for attempt in range(1, _MAX_ATTEMPTS + 1):
             try:
                 example, image = self.images.read(index)
@@ -208,13 +215,15 @@ class TrainMaker(Maker):
         tokens = self.tokenizer.encode_batch(texts, length)
         return np.pad(tokens, ((0, 0), (0, self.text_length - length)), constant_values=PAD_ID)
 
-    def _place(self, position: int) -> tuple[int, int, int, int, str]:
-        """(first index, examples, seed, position, name) within the source at a position."""
+    def _place(self, position: int) -> tuple[int, Source, int, int, str]:
+        """The source at a position: its first index, itself, seed, own position, name."""
         source = self.images.source
         if not isinstance(source, Mixture):
-            return 0, len(source), self.seed, position, ""
+            return 0, source, self.seed, position, ""
         number, own_position = self._order.place(position)
-        return *source.span(number), mix(self.seed, number), own_position, source.names[number]
+        first, _ = source.span(number)
+        seed, name = mix(self.seed, number), source.names[number]
+        return first, source.sources[number], seed, own_position, name
 
     @functools.cached_property
     def _order(self) -> MixtureOrder:

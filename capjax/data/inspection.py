@@ -12,8 +12,8 @@ from PIL import Image
 
 from capjax.data.images import ImageError, ImagePreprocessing, decode_image
 from capjax.data.records import CorruptRecord
-from capjax.data.sources import Source
-from capjax.data.stream import example_index, position_rng
+from capjax.data.sources import Source, block_size
+from capjax.data.stream import block_example_index, position_rng
 from capjax.data.tokenizer import Tokenizer
 from capjax.data.transforms import (
     Augment,
@@ -87,7 +87,7 @@ def _pair(
     choice: CaptionChoice,
     seed: int,
 ) -> Pair:
-    index = example_index(seed, position, len(source))
+    index = block_example_index(seed, position, len(source), block_size(source))
     key = f"example {index}"
     try:
         example = source[index]

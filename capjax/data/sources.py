@@ -43,6 +43,11 @@ class Source(Protocol):
     def __getitem__(self, index: SupportsIndex, /) -> Example: ...
 
 
+def block_size(source: Source) -> int:
+    """How many neighbouring examples of a source are read at once: 1 unless it says otherwise."""
+    return getattr(source, "block_size", 1)
+
+
 def open_source(
     name: str | os.PathLike[str],
     *,

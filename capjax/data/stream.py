@@ -53,8 +53,11 @@ def block_example_index(
 
     Block b is the examples [b * block_size, (b + 1) * block_size), the last of them shorter. The
     blocks are shuffled anew each epoch, and so are the examples of every `window` blocks' worth of
-    positions, which lie in at most `window` + 2 blocks. Each example once an epoch, in O(1).
+    positions, which lie in at most `window` + 2 blocks. Each example once an epoch, in O(1). The
+    order by blocks of one is `example_index`'s.
     """
+    if block_size == 1:
+        return example_index(seed, position, num_examples)
     epoch, index = divmod(position, num_examples)
     number, within = divmod(index, window * block_size)
     first = number * window * block_size

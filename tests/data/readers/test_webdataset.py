@@ -8,12 +8,17 @@ from pathlib import Path
 import fsspec
 import pytest
 import webdataset
+from PIL import Image
 from webdataset import tariterators
 
+from capjax.data.images import ImagePreprocessing
+from capjax.data.pipeline import Reading, train_batches
 from capjax.data.readers.tar_index import image_of
 from capjax.data.readers.webdataset import WebDataset
 from capjax.data.records import Caption, CorruptRecord, Example
 from capjax.data.sources import Source, open_source
+from capjax.data.tokenizer import Tokenizer
+from capjax.data.transforms import Augment
 from capjax.errors import UserError
 
 
@@ -350,3 +355,40 @@ def test_remote_tars_are_read_by_blocks(tars, tmp_path):
         assert list(pool.map(again.__getitem__, [5] * 50)) == [local[5]] * 50
     assert again.blocks.reads == 1
     assert open_source(f"webdataset:{remote}/*.tar?cache={tmp_path}/cache").block_size == 256
+
+
+def test_training_reads_each_block_of_a_remote_tar_once_an_epoch(tmp_path):
+    """All the way: the batches' order is by blocks, and each example comes once."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    path = tmp_path / "x.tar"
+    write_tar(path, [(f"{i:03d}.{end}", data) for i in range(240) for end, data in
+                     (("png", buffer.getvalue()), ("txt", b"caption %d" % i))])  # fmt: skip
+    fsspec.filesystem("memory").pipe(f"/{tmp_path.name}/x.tar", path.read_bytes())
+    source = open_source(f"memory://{tmp_path.name}/x.tar?block=8&cache={tmp_path}/cache")
+    seen = []
+
+    class Recorded:
+        block_size = 8
+
+        def __len__(self):
+            return len(source)
+
+        def __getitem__(self, index):
+            seen.append(index)
+            return source[index]
+
+    with train_batches(
+        Recorded(),
+        Tokenizer.train([f"caption {i}" for i in range(100)], 300),
+        preprocessing=ImagePreprocessing(8),
+        augment=Augment(),
+        text_length=16,
+        batch_size=8,
+        seed=3,
+        reading=Reading(num_threads=0, cache_megabytes=0),
+    ) as batches:
+        for _ in range(30):
+            next(batches)
+    assert sorted(seen) == list(range(240))
+    assert source.blocks.reads == 30
