@@ -121,6 +121,12 @@ def check_batch_size(batch_size: int, mesh: Mesh, name: str = "batch_size") -> N
         )
 
 
+def platform() -> str:
+    """ "cpu", "gpu" or "tpu": of the mesh's devices, or without a mesh the default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def out_sharding(spec: P) -> P | None:
     """`spec` for an `out_sharding=` argument, or None where no mesh is set."""
     return None if jax.sharding.get_abstract_mesh().empty else spec

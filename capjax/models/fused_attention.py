@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from capjax.dims import Array
 from capjax.errors import UserError
+from capjax.mesh import platform
 
 PALLAS_LENGTH = 512
 PALLAS_BLOCK = 128  # the least block of queries and of keys
@@ -63,8 +64,7 @@ def _problem(implementation: str, query_BLNK: Array) -> str:
 
 def _backend() -> str:
     """Of the mesh, or without one the default: "cuda" where cuDNN's flash attention runs."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    name = jax.default_backend() if device is None else device.platform
+    name = platform()
     if name != "gpu" or name != jax.default_backend():
         return name
     device = jax.local_devices()[0]

@@ -24,6 +24,7 @@ from capjax.mesh import (
     kernel_DF,
     kernel_FD,
     out_sharding,
+    platform,
     reshard,
 )
 from capjax.models.parameters import (
@@ -70,8 +71,8 @@ def _layer_norm_backward(eps, residuals, dy_BLD):
         - jnp.mean(dnormal_BLD, -1, keepdims=True)
         - normal_BLD * jnp.mean(dnormal_BLD * normal_BLD, -1, keepdims=True)
     )
-    # Computed anew for the sums over rows: or it is written, in float32, between the two.
-    normal_BLD, dy32_BLD = in_float32(*lax.optimization_barrier((x_BLD, dy_BLD)))
+    if platform() == "gpu":  # anew for the sums over rows: or both are written, in float32, between
+        normal_BLD, dy32_BLD = in_float32(*lax.optimization_barrier((x_BLD, dy_BLD)))
     dscale_D = jnp.sum(dy32_BLD * normal_BLD, (0, 1))
     dbias_D = None if bias_D is None else jnp.sum(dy32_BLD, (0, 1))
     return dx_BLD.astype(x_BLD.dtype), dscale_D, dbias_D

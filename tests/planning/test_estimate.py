@@ -14,7 +14,7 @@ from capjax.planning.estimate import (
     live_bytes,
 )
 
-FACTOR = 1.7  # XLA fuses what the estimate holds (AdamW most), and adds copies and layouts
+FACTOR = 1.6  # XLA fuses what the estimate holds, and adds copies and layouts
 
 
 @pytest.fixture(scope="module")
