@@ -3,8 +3,7 @@
 import argparse
 from pathlib import Path
 
-from capjax.commands import data_prepare, data_stats
-from capjax.errors import UserError
+from capjax.commands import data_flags, data_prepare, data_stats
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,19 +53,7 @@ def _add_captions(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--caption_sources", metavar="A,B", help="use these captions only, e.g. tts,keyword"
     )
-    parser.add_argument(
-        "--lower",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="lower-case the captions (default: yes)",
-    )
-    parser.add_argument(
-        "--max_examples",
-        type=int,
-        default=1_000_000,
-        metavar="N",
-        help="read the captions of so many, evenly spread (default 1000000)",
-    )
+    data_flags.add_reading(parser, "read the captions of so many")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -77,12 +64,8 @@ def run(args: argparse.Namespace) -> None:
     if args.data_command == "stats":
         data_stats.run(args)
         return
-    for name in ("num", "max_examples"):
-        if getattr(args, name, 1) < 1:
-            raise UserError(f"--{name}={getattr(args, name)}: expected at least 1")
-    output = Path(args.output).expanduser() if args.output else None
-    if output is not None and (output.is_dir() or not output.parent.is_dir()):
-        raise UserError(f"--output={output}: expected a file in an existing directory")
+    data_flags.check_counts(args, "num", "max_examples")
+    output = data_flags.output_file(args)
     from capjax.data.sources import open_source
     from capjax.data.transforms import CaptionChoice
 

@@ -4,9 +4,8 @@ import argparse
 import itertools
 import sys
 import time
-from pathlib import Path
 
-from capjax.errors import UserError
+from capjax.commands import data_flags
 
 _LINE_EVERY_S = 10.0
 
@@ -24,29 +23,13 @@ def add_command(commands) -> None:
     parser.add_argument(
         "--text_length", type=int, default=64, metavar="N", help="tokens kept (default 64)"
     )
-    parser.add_argument(
-        "--lower",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="lower-case the captions, as in training (default: yes)",
-    )
-    parser.add_argument(
-        "--max_examples",
-        type=int,
-        default=1_000_000,
-        metavar="N",
-        help="look at so many of each source, evenly spread (default 1000000)",
-    )
+    data_flags.add_reading(parser, "look at so many of each source")
 
 
 def run(args: argparse.Namespace) -> None:
     """Prints the numbers. Raises `UserError` for input that is wrong."""
-    for name in ("text_length", "max_examples"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name}={getattr(args, name)}: expected at least 1")
-    output = Path(args.output).expanduser() if args.output else None
-    if output is not None and (output.is_dir() or not output.parent.is_dir()):
-        raise UserError(f"--output={output}: expected a file in an existing directory")
+    data_flags.check_counts(args, "text_length", "max_examples")
+    output = data_flags.output_file(args)
     from capjax.data.sources import open_source
     from capjax.data.stats import measure, shared
     from capjax.data.stats_page import html_page, text_report, warnings

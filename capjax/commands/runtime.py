@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from capjax.data.files import user_cache
 from capjax.errors import UserError
 
 
@@ -91,7 +92,7 @@ def compile_cache(asked: str | None) -> Path | None:
     named = os.environ.get("JAX_COMPILATION_CACHE_DIR", "") if asked is None else asked
     if named == "none":
         return None
-    directory = Path(named) if named else _user_cache() / "capjax" / "jax"
+    directory = Path(named) if named else user_cache() / "capjax" / "jax"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=directory).close()
@@ -103,12 +104,3 @@ def compile_cache(asked: str | None) -> Path | None:
             ) from error
         return None
     return directory
-
-
-def _user_cache() -> Path:
-    if os.environ.get("XDG_CACHE_HOME"):
-        return Path(os.environ["XDG_CACHE_HOME"])
-    try:
-        return Path.home() / ".cache"
-    except RuntimeError:  # a user without a home
-        return Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"

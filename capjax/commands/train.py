@@ -58,9 +58,13 @@ def check_schedule(config, workdir: str) -> None:
     root = epath.Path(workdir).expanduser()
     if not config.data.mixture or not (root / "config.json").exists():
         return
-    before = json.loads((root / "config.json").read_text())
-    seen = max(list_steps(root / "checkpoints"), default=0) * before["batch_size"]
-    check_appended(before["data"]["schedule"], config.data.schedule, seen)
+    try:
+        before = json.loads((root / "config.json").read_text())
+        schedule, batch_size = before["data"]["schedule"], before["batch_size"]
+    except (ValueError, KeyError, TypeError):  # damaged, or of another version: for `open_workdir`
+        return
+    seen = max(list_steps(root / "checkpoints"), default=0) * batch_size
+    check_appended(schedule, config.data.schedule, seen)
 
 
 def train_run(plan, workdir) -> None:

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from capjax.data.images import ImageError, ImagePreprocessing, decode_image
+from capjax.data.decode import ImageError, decode_image
+from capjax.data.images import ImagePreprocessing
 from capjax.data.mixture import Mixture, MixtureOrder
 from capjax.data.records import CorruptRecord, Example
 from capjax.data.sources import Source, block_size

@@ -7,6 +7,7 @@ import contextlib
 import glob
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -157,3 +158,13 @@ def _as_os_error(path: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise OSError(f"{path}: {type(error).__name__}: {error}") from error
+
+
+def user_cache() -> Path:
+    """The directory for what can be made again, of the user who runs this."""
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"])
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError:  # a user without a home
+        return Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"

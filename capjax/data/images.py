@@ -9,24 +9,9 @@ from typing import Literal
 
 import numpy as np
 
-from capjax.data.decode import MAX_PIXELS, WHITE, ImageError, decode_image, to_rgb
+from capjax.data.decode import MAX_PIXELS, WHITE, ImageError, decode_image
 from capjax.data.resize import FILTERS, Resample, resize, resize_box
 from capjax.errors import UserError
-
-__all__ = [
-    "MAX_PIXELS",
-    "WHITE",
-    "ImageError",
-    "ImagePreprocessing",
-    "Resample",
-    "color_jitter",
-    "decode_image",
-    "flip",
-    "random_resized_crop",
-    "random_shift",
-    "resize",
-    "to_rgb",
-]
 
 
 def random_resized_crop(

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from capjax.data.images import ImageError, ImagePreprocessing, decode_image
+from capjax.data.decode import ImageError, decode_image
+from capjax.data.images import ImagePreprocessing
 from capjax.data.records import CorruptRecord
 from capjax.data.sources import Source, block_size
 from capjax.data.stream import block_example_index, position_rng

@@ -78,6 +78,8 @@ def parse_address(name: str) -> Address | None:
     layout = named or _layout_of(path)
     if layout is None:
         return None
+    # A plus is a plus (as in `split=train+restval`), not the blank of web forms.
+    query = query.replace("+", "%2B")
     options = dict(parse_qsl(query, keep_blank_values=True)) if mark else {}
     known = LAYOUTS[layout].options
     for option in options:

@@ -12,12 +12,11 @@ import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from operator import index as as_index
 from typing import SupportsIndex
 
 import numpy as np
 
-from capjax.data.records import Example
+from capjax.data.records import Example, checked_index
 from capjax.data.sources import Source
 from capjax.data.stream import mix
 from capjax.errors import UserError
@@ -159,9 +158,7 @@ class Mixture:
         return self._ends[-1]
 
     def __getitem__(self, index: SupportsIndex) -> Example:
-        i = as_index(index)
-        if not 0 <= i < len(self):
-            raise IndexError(f"example {i} of {self!r}: expected 0 <= index < {len(self)}")
+        i = checked_index(index, self)
         number = bisect.bisect_right(self._ends, i)
         return self.sources[number][i - self.span(number)[0]]
 

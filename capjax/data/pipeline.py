@@ -13,11 +13,7 @@ a whole batch per element took a fifth to a third less time than making and join
 """
 
 import dataclasses
-import multiprocessing
-import os
-import threading
 from collections.abc import Callable, Iterator
-from multiprocessing import connection
 from typing import Any
 
 import grain
@@ -32,6 +28,7 @@ from capjax.data.batches import (
     TrainMaker,
 )
 from capjax.data.images import ImagePreprocessing
+from capjax.data.processes import die_with_parent
 from capjax.data.sources import Source
 from capjax.data.synthetic import synthetic_batches
 from capjax.data.tokenizer import Tokenizer
@@ -190,25 +187,9 @@ def _read(
         if not flags.FLAGS.is_parsed():  # Grain reads absl flags, which no absl app parsed here
             flags.FLAGS.mark_as_parsed()
         workers = grain.multiprocessing.MultiprocessingOptions(num_workers=reading.num_workers)
-        dataset = dataset.mp_prefetch(workers, worker_init_fn=_die_with_parent)
+        dataset = dataset.mp_prefetch(workers, worker_init_fn=_start_worker)
     return iter(dataset)
 
 
-def _die_with_parent(worker_index: int, num_workers: int) -> None:
-    """Ends this worker when the process that started it is gone, even by kill -9.
-
-    A thread waits for the pipe that only the parent holds open. (Linux's PR_SET_PDEATHSIG would
-    tell of the end of the starting *thread*, which is one of Grain's, and of nothing if the parent
-    ended earlier.)
-    """
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-
-    def watch() -> None:
-        # The time limit covers a forked sibling that inherited the other end of the pipe.
-        while not connection.wait([parent.sentinel], timeout=1) and os.getppid() == parent.pid:
-            pass
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True, name="capjax-die-with-parent").start()
+def _start_worker(worker_index: int, num_workers: int) -> None:
+    die_with_parent()

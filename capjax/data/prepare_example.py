@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from capjax.data.images import ImageError, decode_image, resize
+from capjax.data.decode import ImageError, decode_image
 from capjax.data.records import Caption, Example
+from capjax.data.resize import resize
 from capjax.errors import UserError
 
 FORMATS = ("keep", "jpeg", "webp")

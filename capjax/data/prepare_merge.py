@@ -7,15 +7,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from array_record.python import array_record_module
 
 from capjax.data.prepare_example import HASH_BYTES
-from capjax.data.prepare_parts import WRITER_OPTIONS, Drop, Part, atomic, part_path
+from capjax.data.prepare_parts import Drop, Part, atomic, part_path
 from capjax.data.prepare_workers import Stopped, run_all
-from capjax.data.records import SHARD_SUFFIX, decode_example
+from capjax.data.records import SHARD_SUFFIX, decode_example, open_reader, record_writer
 from capjax.errors import UserError
 
 _AT_ONCE = 64  # records read together
@@ -71,7 +70,7 @@ def name_duplicates(duplicates: Sequence[Duplicate], parts: Path) -> list[Drop]:
     drops = []
     for start, group in groupby(sorted(duplicates), key=lambda duplicate: duplicate.start):
         with _mending(parts, start):
-            reader = _open(parts, start)
+            reader = open_reader(str(part_path(parts, start)))
             for _, row, index, reason, of_index in group:
                 key = decode_example(reader.read([row])[0]).key
                 drops.append(Drop(index, key, reason, f"as example {of_index}"))
@@ -124,18 +123,14 @@ def write_shard(
 ) -> None:
     """Copies the records to a shard, with a JSON of its examples, bytes and sha256 beside it."""
     path = shard_path(shards, number)
-    with atomic(path) as temporary:
-        writer = array_record_module.ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
-        try:
-            for start in np.unique(kept.starts).tolist():
-                rows = kept.rows[kept.starts == start].tolist()
-                for records in _read(parts, start, rows):
-                    if is_stopped():
-                        raise Stopped
-                    for record in records:
-                        writer.write(record)
-        finally:
-            writer.close()
+    with atomic(path) as temporary, record_writer(temporary) as write:
+        for start in np.unique(kept.starts).tolist():
+            rows = kept.rows[kept.starts == start].tolist()
+            for records in _read(parts, start, rows):
+                if is_stopped():
+                    raise Stopped
+                for record in records:
+                    write(record)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     facts = {"examples": len(kept.rows), "bytes": path.stat().st_size, "sha256": digest}
@@ -145,17 +140,11 @@ def write_shard(
 
 def _read(parts: Path, start: int, rows: list[int]) -> Iterator[list[bytes]]:
     with _mending(parts, start):
-        reader = _open(parts, start)
+        reader = open_reader(str(part_path(parts, start)))
     for i in range(0, len(rows), _AT_ONCE):
         with _mending(parts, start):
             records = reader.read(rows[i : i + _AT_ONCE])
         yield records
-
-
-def _open(parts: Path, start: int) -> Any:
-    return array_record_module.ArrayRecordReader(
-        str(part_path(parts, start)), options="readahead_buffer_size:0,max_parallelism:0"
-    )
 
 
 @contextlib.contextmanager
@@ -164,7 +153,7 @@ def _mending(parts: Path, start: int) -> Iterator[None]:
     path = part_path(parts, start)
     try:
         yield
-    except (RuntimeError, IndexError, ValueError) as error:
+    except (UserError, RuntimeError, IndexError, ValueError) as error:
         path.with_suffix(".json").unlink(missing_ok=True)
         raise UserError(
             f"{path} was damaged since it was written; run the same command again to make it anew"

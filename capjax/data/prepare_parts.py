@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from array_record.python import array_record_module
 
 from capjax.data.prepare_example import (
     HASH_BYTES,
@@ -26,11 +25,8 @@ from capjax.data.prepare_example import (
     prepare_example,
 )
 from capjax.data.prepare_workers import Stopped
-from capjax.data.records import SHARD_SUFFIX, CorruptRecord, encode_example
+from capjax.data.records import SHARD_SUFFIX, CorruptRecord, encode_example, record_writer
 from capjax.data.sources import Source
-
-# As capjax.data.records writes: one record a chunk, images are compressed already.
-WRITER_OPTIONS = "group_size:1,uncompressed"
 
 
 class Drop(NamedTuple):
@@ -104,23 +100,19 @@ def make_part(
     """Prepares the examples [start, stop). Raises `Stopped` once `is_stopped`."""
     path = part_path(directory, start)
     drops, keys, contents, captions_dropped = [], [], [], 0
-    with atomic(path) as temporary:
-        writer = array_record_module.ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
-        try:
-            for index in range(start, stop):
-                if is_stopped():
-                    raise Stopped
-                found = _prepared(source, index, settings)
-                if isinstance(found, Dropped):
-                    drops.append(Drop(index, *found))
-                    continue
-                record, key, content, dropped = found
-                writer.write(record)
-                keys.append(content_hash(key))
-                contents.append(content)
-                captions_dropped += dropped
-        finally:
-            writer.close()
+    with atomic(path) as temporary, record_writer(temporary) as write:
+        for index in range(start, stop):
+            if is_stopped():
+                raise Stopped
+            found = _prepared(source, index, settings)
+            if isinstance(found, Dropped):
+                drops.append(Drop(index, *found))
+                continue
+            record, key, content, dropped = found
+            write(record)
+            keys.append(content_hash(key))
+            contents.append(content)
+            captions_dropped += dropped
     fields = {
         "start": start,
         "stop": stop,

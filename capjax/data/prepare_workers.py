@@ -2,13 +2,12 @@
 
 import contextlib
 import multiprocessing
-import os
 import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from multiprocessing import connection
 from typing import Any
+
+from capjax.data.processes import die_with_parent
 
 
 class Stopped(Exception):  # noqa: N818 (no error: the work was called off)
@@ -59,14 +58,7 @@ _worker: dict[str, Any] = {}
 def _start_worker(function: Callable[..., None], shared: tuple[Any, ...], stop: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it and calls the work off
     _worker.update(function=function, shared=shared, stop=stop)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True, name="capjax-die-with-parent").start()
+    die_with_parent()
 
 
 def _run_task(task: tuple[Any, ...]) -> None:

@@ -5,9 +5,10 @@ position. Shards are written with `group_size:1`, one record a chunk: a flipped 
 most one record, which the checksum of its chunk reports, and reading one record reads no other.
 """
 
+import contextlib
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import accumulate, chain, groupby, islice
 from operator import index as as_index
 from pathlib import Path
@@ -175,9 +176,7 @@ class ArrayRecordSource:
         return int(self._ends[-1])
 
     def __getitem__(self, index: SupportsIndex) -> Example:
-        i = as_index(index)
-        if not 0 <= i < len(self):
-            raise IndexError(f"record {i} of {self!r}: expected 0 <= index < {len(self)}")
+        i = checked_index(index, self, "record")
         shard = int(np.searchsorted(self._ends, i, side="right"))
         row = i - (int(self._ends[shard - 1]) if shard else 0)
         try:
@@ -201,12 +200,13 @@ class ArrayRecordSource:
         if reader is None:
             with self._lock:
                 if shard not in self._readers:
-                    self._readers[shard] = _open_reader(self.paths[shard])
+                    self._readers[shard] = open_reader(self.paths[shard])
                 reader = self._readers[shard]
         return reader
 
 
-def _open_reader(path: str) -> Any:
+def open_reader(path: str) -> Any:
+    """A reader of an ArrayRecord file. Raises `UserError` where it is none, or not whole."""
     if not Path(path).is_file():
         raise UserError(f"no ArrayRecord file at {path}: expected an existing *{SHARD_SUFFIX} file")
     reader = array_record_module.ArrayRecordReader(
@@ -259,10 +259,48 @@ def write_shards(
 
 
 def _write_shard(examples: Iterable[Example], path: Path) -> None:
-    writer = array_record_module.ArrayRecordWriter(str(path), _WRITER_OPTIONS)
-    try:
+    with record_writer(path) as write:
         for example in examples:
-            writer.write(encode_example(example))
-    finally:
+            write(encode_example(example))
+
+
+@contextlib.contextmanager
+def record_writer(path: Path) -> Iterator[Callable[[bytes], object]]:
+    """What adds a record to a new ArrayRecord file, which is whole once the block is left.
+
+    Raises `UserError` where it cannot be written, as on a full disk.
+    """
+    writer = array_record_module.ArrayRecordWriter(str(path), _WRITER_OPTIONS)
+
+    def write(record: bytes) -> None:
+        with _writing(path):
+            writer.write(record)
+
+    try:
+        yield write
+    except BaseException:
+        with contextlib.suppress(RuntimeError):  # the first error is the one to tell of
+            writer.close()
+        raise
+    with _writing(path):
         writer.close()
-    _open_reader(str(path))  # a full disk or lost connection shows here, not in a later run
+    open_reader(str(path))  # a full disk or lost connection shows here, not in a later run
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"cannot write {path} ({reason}); free some space, or write elsewhere, and run again"
+        ) from error
+
+
+def checked_index(index: SupportsIndex, source: Sized, what: str = "example") -> int:
+    """The index as a number. Raises IndexError, which names the source, where it has none such."""
+    i = as_index(index)
+    if not 0 <= i < len(source):
+        raise IndexError(f"{what} {i} of {source!r}: expected 0 <= index < {len(source)}")
+    return i

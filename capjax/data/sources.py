@@ -5,7 +5,6 @@ import glob
 import json
 import os
 from collections.abc import Sequence
-from operator import index as as_index
 from pathlib import Path
 from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
@@ -18,6 +17,7 @@ from capjax.data.records import (
     Caption,
     CorruptRecord,
     Example,
+    checked_index,
 )
 from capjax.errors import UserError
 
@@ -130,9 +130,7 @@ class Subset:
         return len(self.indices)
 
     def __getitem__(self, index: SupportsIndex) -> Example:
-        i = as_index(index)
-        if not 0 <= i < len(self):
-            raise IndexError(f"example {i} of {self!r}: expected 0 <= index < {len(self)}")
+        i = checked_index(index, self)
         return self.source[int(self.indices[i])]
 
     def __repr__(self) -> str:
@@ -164,9 +162,7 @@ class ImageDirectory:
         return len(self.keys)
 
     def __getitem__(self, index: SupportsIndex) -> Example:
-        i = as_index(index)
-        if not 0 <= i < len(self):
-            raise IndexError(f"image {i} of {self!r}: expected 0 <= index < {len(self)}")
+        i = checked_index(index, self, "image")
         path = Path(self.directory, self.keys[i])
         try:
             image = path.read_bytes()

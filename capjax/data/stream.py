@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from capjax.data.images import ImageError
+from capjax.data.decode import ImageError
 from capjax.data.records import CorruptRecord
 from capjax.data.transforms import NoCaption
 

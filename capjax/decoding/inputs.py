@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from capjax.data.images import ImageError, ImagePreprocessing, decode_image, to_rgb
+from capjax.data.decode import ImageError, decode_image, to_rgb
+from capjax.data.images import ImagePreprocessing
 from capjax.data.records import CorruptRecord
 from capjax.data.sources import Source
 

@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 from PIL import Image
 
-from capjax.data.images import decode_image
+from capjax.data.decode import decode_image
 from capjax.data.sources import open_source
 from capjax.errors import UserError
 from capjax.reporting.charts import Series, line_chart

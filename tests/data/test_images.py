@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from capjax.data import images
-from capjax.data.images import ImageError, ImagePreprocessing, decode_image
+from capjax.data.decode import ImageError, decode_image
+from capjax.data.images import ImagePreprocessing
+from capjax.data.resize import resize
 from capjax.errors import UserError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -203,18 +205,18 @@ def test_image_error_survives_pickling():
 def test_antialiased_resize_of_a_whole_factor_is_close_to_the_mean_of_blocks():
     image = smooth(64)
     blocks = image.reshape(16, 4, 16, 4, 3).mean((1, 3))
-    assert np.abs(images.resize(image, 16)[1:-1, 1:-1] - blocks[1:-1, 1:-1]).max() < 4
+    assert np.abs(resize(image, 16)[1:-1, 1:-1] - blocks[1:-1, 1:-1]).max() < 4
 
 
 def test_aliased_resize_samples_between_two_pixels():
     image = np.repeat(np.array([[0, 10, 20, 30]], np.uint8)[..., None], 3, -1)
     # Half-pixel centres: output 0 of 2 lies at 0.5 between pixels 0 and 1.
-    resized = images.resize(image, (1, 2), antialias=False)
+    resized = resize(image, (1, 2), antialias=False)
     np.testing.assert_array_equal(resized[0, :, 0], [5, 25])
     checkers = np.indices((64, 64)).sum(0)[..., None].repeat(3, -1) % 2 * 255
     checkers = checkers.astype(np.uint8)
-    assert images.resize(checkers, 21, antialias=True).std() < 15
-    assert images.resize(checkers, 21, antialias=False).std() > 35
+    assert resize(checkers, 21, antialias=True).std() < 15
+    assert resize(checkers, 21, antialias=False).std() > 35
 
 
 def test_aliased_resize_is_tensorflows_to_the_bit():
@@ -224,14 +226,14 @@ def test_aliased_resize_is_tensorflows_to_the_bit():
         assert len(cases) == 6
         for case in cases:
             want = file[f"{case}/out"]
-            found = images.resize(file[f"{case}/in"], want.shape[:2], antialias=False)
+            found = resize(file[f"{case}/in"], want.shape[:2], antialias=False)
             np.testing.assert_array_equal(found, want)
 
 
 def test_bicubic_keeps_what_bilinear_blurs():
     step = np.repeat(np.where(np.arange(32) < 13, 40, 200)[None], 32, 0)
     step = np.repeat(step[..., None], 3, -1).astype(np.uint8)
-    sharp, soft = (images.resize(step, 12, resample=kind) for kind in ("bicubic", "bilinear"))
+    sharp, soft = (resize(step, 12, resample=kind) for kind in ("bicubic", "bilinear"))
     assert soft.min() == 40
     assert soft.max() == 200
     assert sharp.min() < 40  # the bicubic filter overshoots at an edge
@@ -240,7 +242,7 @@ def test_bicubic_keeps_what_bilinear_blurs():
 
 def test_upscaling_agrees_with_and_without_antialiasing():
     image = smooth(16)
-    pair = [images.resize(image, 40, antialias).astype(int) for antialias in (True, False)]
+    pair = [resize(image, 40, antialias).astype(int) for antialias in (True, False)]
     assert np.abs(pair[0] - pair[1]).max() <= 1
 
 
@@ -326,12 +328,12 @@ def test_preprocessing_modes():
 @pytest.mark.parametrize("antialias", [True, False])
 def test_crop_is_the_centre_of_the_whole_image_resized(antialias):
     image = np.random.default_rng(0).integers(0, 256, (31, 77, 3)).astype(np.uint8)
-    whole = images.resize(image, (20, 49), antialias)  # 20 * 77 / 31 = 49.7 columns
+    whole = resize(image, (20, 49), antialias)  # 20 * 77 / 31 = 49.7 columns
     crop = ImagePreprocessing(20, antialias, "crop")
     np.testing.assert_array_equal(crop.preprocess(image), whole[:, 14:34])
     np.testing.assert_array_equal(
         crop.preprocess(image.transpose(1, 0, 2)),
-        images.resize(image.transpose(1, 0, 2), (49, 20), antialias)[14:34],
+        resize(image.transpose(1, 0, 2), (49, 20), antialias)[14:34],
     )
     # 17 columns for 8: an odd rest of 9, whose lesser half lies left.
     plain = np.arange(8 * 17 * 3, dtype=np.uint8).reshape(8, 17, 3)

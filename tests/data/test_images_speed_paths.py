@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from capjax.data import decode, images
+from capjax.data import decode
 from capjax.data import resize as resizing
 from capjax.data.images import ImagePreprocessing
 
@@ -84,7 +84,7 @@ def test_crops_are_pillows_to_one_grey_level(case, path):
 def test_other_filters_are_not_the_fast_ones(path):
     image = photo(70, 90, 0)
     wanted = Image.fromarray(image).resize((31, 29), Image.Resampling.BICUBIC)
-    np.testing.assert_array_equal(images.resize(image, (29, 31), resample="bicubic"), wanted)
+    np.testing.assert_array_equal(resizing.resize(image, (29, 31), resample="bicubic"), wanted)
 
 
 def test_threads_do_not_disturb_one_another(path):

@@ -140,6 +140,12 @@ def test_a_config_names_the_sources(tmp_path):
     assert source.names == ("art", "web")
     assert source.schedule == ((0, (1.0, 3.0)),)
     check_schedule(config, str(tmp_path))
+    for other in ("{", '{"batch_size": 4, "data": {}}'):  # `open_workdir` tells what is wrong
+        (tmp_path / "config.json").write_text(other)
+        check_schedule(config, str(tmp_path))
+    (tmp_path / "config.json").write_text('{"batch_size": 4, "data": {"schedule": ["0:art=1"]}}')
+    with pytest.raises(UserError, match="may only append"):
+        check_schedule(config, str(tmp_path))
     with pytest.raises(UserError, match="give one of the two"):
         build_source(load_config("emoji_quickstart", overrides[1:]))
     with pytest.raises(UserError, match="which is empty"):

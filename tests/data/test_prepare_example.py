@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from capjax.data.images import decode_image
+from capjax.data.decode import decode_image
 from capjax.data.prepare_example import (
     Dropped,
     PrepareSettings,

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgpack
+import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from hypothesis import given, settings
@@ -16,8 +17,10 @@ from capjax.data.records import (
     Caption,
     CorruptRecord,
     Example,
+    checked_index,
     decode_example,
     encode_example,
+    record_writer,
     write_shards,
 )
 from capjax.errors import UserError
@@ -250,3 +253,19 @@ def test_file_that_shrank_since_it_was_opened_gives_corrupt_records(shards, tmp_
     Path(shards[1]).unlink()
     with pytest.raises(UserError, match="no ArrayRecord file"):
         source[5]
+
+
+def test_a_full_disk_is_an_error_that_says_so():
+    with (
+        pytest.raises(UserError, match=r"cannot write /dev/full .*No space left"),
+        record_writer(Path("/dev/full")) as write,
+    ):
+        for _ in range(64):
+            write(b"x" * 100_000)
+
+
+def test_an_index_outside_the_source_names_the_source():
+    assert checked_index(np.int64(2), [1, 2, 3]) == 2
+    for index in (-1, 3):
+        with pytest.raises(IndexError, match=rf"row {index} of \[1, 2, 3\]: .* 0 <= index < 3"):
+            checked_index(index, [1, 2, 3], "row")

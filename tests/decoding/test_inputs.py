@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from capjax.data.images import ImageError, ImagePreprocessing
+from capjax.data.decode import ImageError
+from capjax.data.images import ImagePreprocessing
 from capjax.decoding import inputs
 
 PREPROCESSING = ImagePreprocessing(image_size=8)

@@ -63,7 +63,7 @@ def open_karpathy(
     """
     entries = _entries("karpathy", path, load_json(path), "images")
     sizes = Counter(_get(item, "split", str, path) for item in entries)
-    chosen = (split or "").replace("+", " ").replace(",", " ").split()  # a URL's `+` is a blank
+    chosen = (split or "").replace("+", " ").replace(",", " ").split()
     unknown = [name for name in chosen if name not in sizes]
     if unknown or not chosen:
         have = ", ".join(f"{name} ({size} images)" for name, size in sizes.items())

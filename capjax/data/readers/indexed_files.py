@@ -7,14 +7,13 @@ twice, and finds the directory of the images.
 import posixpath
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from operator import index as as_index
 from pathlib import Path
 from typing import SupportsIndex
 
 from capjax.data import files
 from capjax.data.readers.packed_rows import Damaged, PackedRows, Row
 from capjax.data.readers.streams import listing
-from capjax.data.records import Caption, CorruptRecord, Example
+from capjax.data.records import Caption, CorruptRecord, Example, checked_index
 from capjax.errors import UserError
 
 _LOOKED_UP = 16  # images that are looked for when a source is opened
@@ -37,9 +36,7 @@ class IndexedFiles:
         return len(self._rows)
 
     def __getitem__(self, index: SupportsIndex) -> Example:
-        i = as_index(index)
-        if not 0 <= i < len(self):
-            raise IndexError(f"row {i} of {self!r}: expected 0 <= index < {len(self)}")
+        i = checked_index(index, self, "row")
         row = self._rows[i]
         if isinstance(row, Damaged):
             raise CorruptRecord(self.path, i, row.reason)

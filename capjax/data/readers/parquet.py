@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
-from operator import index as as_index
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -28,7 +27,7 @@ from capjax.data.readers.row_groups import (
     parquet_file,
     row_groups,
 )
-from capjax.data.records import Caption, CorruptRecord, Example
+from capjax.data.records import Caption, CorruptRecord, Example, checked_index
 from capjax.data.sources import Source
 from capjax.errors import UserError
 
@@ -119,9 +118,7 @@ class ParquetRows:
         return len(self._rows)
 
     def __getitem__(self, index: SupportsIndex) -> Example:
-        i = as_index(index)
-        if not 0 <= i < len(self):
-            raise IndexError(f"row {i} of {self!r}: expected 0 <= index < {len(self)}")
+        i = checked_index(index, self, "row")
         row = int(self._rows[i])
         number = int(np.searchsorted(self._starts, row, side="right")) - 1
         file, group = map(int, self._groups[number])

@@ -6,7 +6,6 @@ One is made again when its tar has another size, time or mark, and when it is da
 import hashlib
 import os
 import struct
-import tempfile
 import threading
 import zlib
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from typing import Any, cast
 import msgpack
 import numpy as np
 
-from capjax.data.files import FileState, is_remote, read_bytes, state
+from capjax.data.files import FileState, is_remote, read_bytes, state, user_cache
 from capjax.data.readers.tar import ReadAt
 from capjax.data.readers.tar_index import COLUMNS, TarIndex, build_index
 from capjax.errors import UserError
@@ -82,16 +81,7 @@ def _index_files(path: str, cache: str | None) -> list[Path]:
     if cache is not None:
         return [Path(cache).expanduser() / unique]
     own = [] if is_remote(path) else [Path(where).parent / ".capjax-index" / f"{name}.index"]
-    return [*own, _user_cache() / "capjax" / "webdataset" / unique]
-
-
-def _user_cache() -> Path:
-    if os.environ.get("XDG_CACHE_HOME"):
-        return Path(os.environ["XDG_CACHE_HOME"])
-    try:
-        return Path.home() / ".cache"
-    except RuntimeError:  # a user without a home
-        return Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"
+    return [*own, user_cache() / "capjax" / "webdataset" / unique]
 
 
 def _pack(index: TarIndex, of: FileState) -> bytes:

@@ -12,7 +12,6 @@ import re
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from operator import index as as_index
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -21,7 +20,7 @@ from capjax.data.files import FileState, expand, is_remote
 from capjax.data.readers.blocks import BlockCache, read_again
 from capjax.data.readers.tar_index import TEXTS, TarIndex, image_of
 from capjax.data.readers.tar_index_files import load_index
-from capjax.data.records import Caption, CorruptRecord, Example
+from capjax.data.records import Caption, CorruptRecord, Example, checked_index
 from capjax.errors import UserError
 
 _MAX_IMAGE_BYTES = 1 << 28
@@ -102,9 +101,7 @@ class WebDataset:
         return int(self._ends[-1])
 
     def __getitem__(self, index: SupportsIndex) -> Example:
-        i = as_index(index)
-        if not 0 <= i < len(self):
-            raise IndexError(f"sample {i} of {self!r}: expected 0 <= index < {len(self)}")
+        i = checked_index(index, self, "sample")
         shard = int(np.searchsorted(self._ends, i, side="right"))
         row = i - self._start(shard)
         members = self._indexes[shard].members(row)

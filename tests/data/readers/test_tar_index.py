@@ -139,7 +139,7 @@ def _load_often(tar, results):
 
 
 def test_processes_may_race(tar):
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
     racers = [context.Process(target=_load_often, args=(tar, results)) for _ in range(4)]
     for racer in racers:

@@ -1,0 +1,31 @@
+"""The address of a source in its parts."""
+
+import pytest
+
+from capjax.data.layouts import parse_address
+from capjax.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("karpathy:d.json?split=train+restval", ("karpathy", "d.json", {"split": "train+restval"})),
+        ("a.csv?images=a+b/c%20d", ("csv", "a.csv", {"images": "a+b/c d"})),
+        ("s3://x/{00..09}.tar", ("webdataset", "s3://x/{00..09}.tar", {})),
+        ("shards/?.tar", ("webdataset", "shards/?.tar", {})),
+    ],
+)
+def test_a_layout_a_path_and_options(name, parts):
+    assert parse_address(name) == parts
+
+
+@pytest.mark.parametrize("name", ["emoji:train", "photos", "gs://bucket/photos", "x.array_record"])
+def test_what_no_layout_opens_is_left_to_others(name):
+    assert parse_address(name) is None
+
+
+def test_options_and_paths_that_are_none():
+    with pytest.raises(UserError, match=r"no option 'image_dir'.*did you mean 'image"):
+        parse_address("a.csv?image_dir=x")
+    with pytest.raises(UserError, match="expected a path behind coco:"):
+        parse_address("coco:")
