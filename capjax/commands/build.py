@@ -12,6 +12,8 @@ from ml_collections import ConfigDict
 from capjax.checkpoint import check_disk_space, find_steps
 from capjax.commands.program import build_mesh, build_program, check_counts
 from capjax.commands.settings import from_dataclass_kwargs
+from capjax.data.augmentation import Augment
+from capjax.data.captions import CaptionChoice
 from capjax.data.images import ImagePreprocessing
 from capjax.data.inspection import source_texts
 from capjax.data.mixture import Mixture, parse_schedule
@@ -25,7 +27,6 @@ from capjax.data.pipeline import (
 )
 from capjax.data.sources import Source, open_source
 from capjax.data.tokenizer import Tokenizer
-from capjax.data.transforms import Augment, CaptionChoice
 from capjax.errors import UserError
 from capjax.models.towers import Towers
 from capjax.objectives.combined import Objectives

@@ -66,8 +66,8 @@ def run(args: argparse.Namespace) -> None:
         return
     data_flags.check_counts(args, "num", "max_examples")
     output = data_flags.output_file(args)
+    from capjax.data.captions import CaptionChoice
     from capjax.data.sources import open_source
-    from capjax.data.transforms import CaptionChoice
 
     sources = [name for name in (args.caption_sources or "").split(",") if name]
     choice = CaptionChoice(dict.fromkeys(sources, 1.0), args.lower)
@@ -80,9 +80,9 @@ def run(args: argparse.Namespace) -> None:
 
 def _inspect(args: argparse.Namespace, source, choice, output: Path | None) -> None:
     from capjax.data import inspection
+    from capjax.data.augmentation import Augment
     from capjax.data.images import ImagePreprocessing
     from capjax.data.tokenizer import Tokenizer
-    from capjax.data.transforms import Augment
 
     preprocessing = ImagePreprocessing(args.image_size)
     augment = Augment(

@@ -7,9 +7,9 @@ from etils import epath
 from jax.sharding import Mesh
 
 from capjax.commands.build import DataPlan, Plan, evaluation_batches
+from capjax.data.captions import caption_texts
 from capjax.data.sources import Source
 from capjax.data.tokenizer import Tokenizer
-from capjax.data.transforms import caption_texts
 from capjax.dims import Params
 from capjax.evaluation.likelihood import evaluate_likelihood
 from capjax.evaluation.retrieval import evaluate_retrieval

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from capjax.data.augmentation import Augment, augment_image
+from capjax.data.captions import CaptionChoice, NoCaption, choose_captions, first_caption
 from capjax.data.decode import ImageError, decode_image
 from capjax.data.images import ImagePreprocessing
 from capjax.data.mixture import Mixture, MixtureOrder
@@ -26,14 +28,6 @@ from capjax.data.stream import (
     substitute_index,
 )
 from capjax.data.tokenizer import PAD_ID, Tokenizer
-from capjax.data.transforms import (
-    Augment,
-    CaptionChoice,
-    NoCaption,
-    augment_image,
-    choose_captions,
-    first_caption,
-)
 from capjax.errors import UserError
 
 HostBatch = dict[str, np.ndarray]

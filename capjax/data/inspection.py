@@ -10,20 +10,14 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from capjax.data.augmentation import Augment, augment_image
+from capjax.data.captions import CaptionChoice, NoCaption, caption_texts, choose_captions
 from capjax.data.decode import ImageError, decode_image
 from capjax.data.images import ImagePreprocessing
 from capjax.data.records import CorruptRecord
 from capjax.data.sources import Source, block_size
 from capjax.data.stream import block_example_index, position_rng
 from capjax.data.tokenizer import Tokenizer
-from capjax.data.transforms import (
-    Augment,
-    CaptionChoice,
-    NoCaption,
-    augment_image,
-    caption_texts,
-    choose_captions,
-)
 from capjax.errors import UserError
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import grain
 from absl import flags
 
+from capjax.data.augmentation import Augment
 from capjax.data.batches import (
     BadRecord,
     Batches,
@@ -27,12 +28,12 @@ from capjax.data.batches import (
     EvalMaker,
     TrainMaker,
 )
+from capjax.data.captions import CaptionChoice
 from capjax.data.images import ImagePreprocessing
 from capjax.data.processes import die_with_parent
 from capjax.data.sources import Source
 from capjax.data.synthetic import synthetic_batches
 from capjax.data.tokenizer import Tokenizer
-from capjax.data.transforms import Augment, CaptionChoice
 from capjax.errors import UserError
 
 __all__ = [

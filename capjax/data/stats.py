@@ -10,12 +10,12 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from capjax.data.captions import clean_text
 from capjax.data.prepare_example import HASH_BYTES, UNREADABLE, content_hash
 from capjax.data.prepare_merge import first_equal
 from capjax.data.records import CorruptRecord, Example
 from capjax.data.sources import Source
 from capjax.data.tokenizer import Tokenizer
-from capjax.data.transforms import clean_text
 from capjax.errors import UserError
 
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")

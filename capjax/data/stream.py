@@ -9,9 +9,9 @@ import math
 
 import numpy as np
 
+from capjax.data.captions import NoCaption
 from capjax.data.decode import ImageError
 from capjax.data.records import CorruptRecord
-from capjax.data.transforms import NoCaption
 
 _MASK = (1 << 64) - 1
 _ROUNDS = 8

@@ -13,10 +13,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from capjax.checkpoint import find_steps, load_params, step_directory
+from capjax.data.captions import clean_text
 from capjax.data.decode import ImageError
 from capjax.data.images import ImagePreprocessing
 from capjax.data.tokenizer import Tokenizer
-from capjax.data.transforms import clean_text
 from capjax.decoding.generate import Generated, check_options, generate
 from capjax.decoding.inputs import ImageLike, compiled_size, pad_rows, read_ahead, to_pixels
 from capjax.decoding.score import score

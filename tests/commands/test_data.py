@@ -8,13 +8,14 @@ import pytest
 from PIL import Image
 
 from capjax import cli
+from capjax.data.augmentation import Augment
+from capjax.data.captions import CaptionChoice
 from capjax.data.images import ImagePreprocessing
 from capjax.data.inspection import first_pairs, length_table
 from capjax.data.pipeline import Reading, train_batches
 from capjax.data.records import ArrayRecordSource, Caption, Example, write_shards
 from capjax.data.sources import ImageDirectory
 from capjax.data.tokenizer import Tokenizer
-from capjax.data.transforms import Augment, CaptionChoice
 
 CAPTIONS = ["A red square", "a BLUE square <b>", "a green & white square", "left half"]
 

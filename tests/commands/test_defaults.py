@@ -6,9 +6,10 @@ import pytest
 
 from capjax.commands.defaults import default_config
 from capjax.commands.models import model_fields
+from capjax.data.augmentation import Augment
+from capjax.data.captions import CaptionChoice
 from capjax.data.images import ImagePreprocessing
 from capjax.data.pipeline import Reading
-from capjax.data.transforms import Augment, CaptionChoice
 from capjax.mesh import MeshShape
 from capjax.models.towers import KINDS
 from capjax.objectives.captioning_objective import CaptioningObjective

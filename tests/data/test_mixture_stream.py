@@ -9,13 +9,13 @@ import pytest
 from capjax.commands.build import build_source
 from capjax.commands.settings import load_config
 from capjax.commands.train import check_schedule
+from capjax.data.augmentation import Augment
 from capjax.data.images import ImagePreprocessing
 from capjax.data.mixture import Mixture, check_appended, parse_schedule
 from capjax.data.pipeline import train_batches
 from capjax.data.records import CorruptRecord, Example
 from capjax.data.stream import example_index, mix
 from capjax.data.tokenizer import Tokenizer
-from capjax.data.transforms import Augment
 from capjax.errors import UserError
 from tests.data.test_pipeline import example_ids, make_example, take
 

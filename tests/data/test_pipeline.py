@@ -19,13 +19,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from capjax.data import pipeline
+from capjax.data.augmentation import Augment
 from capjax.data.batches import DecodedImages
+from capjax.data.captions import CaptionChoice
 from capjax.data.images import ImagePreprocessing
 from capjax.data.pipeline import DataError, Reading, eval_batches, synthetic_batches, train_batches
 from capjax.data.records import ArrayRecordSource, Caption, CorruptRecord, Example, write_shards
 from capjax.data.stream import example_index, position_rng, substitute_index
 from capjax.data.tokenizer import EOS_ID, PAD_ID, Tokenizer
-from capjax.data.transforms import Augment, CaptionChoice
 from capjax.errors import UserError
 
 SIZE = 8
@@ -420,7 +421,7 @@ CHILD = """
     from capjax.data.pipeline import Reading, train_batches
     from capjax.data.records import ArrayRecordSource
     from capjax.data.tokenizer import Tokenizer
-    from capjax.data.transforms import Augment
+    from capjax.data.augmentation import Augment
 
     if __name__ == "__main__":
         batches = train_batches(

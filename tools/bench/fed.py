@@ -25,13 +25,14 @@ import numpy as np
 from peers import Job, described, ours
 from PIL import Image
 
+from capjax.data.augmentation import Augment
+from capjax.data.captions import CaptionChoice
 from capjax.data.images import ImagePreprocessing
 from capjax.data.inspection import source_texts
 from capjax.data.pipeline import Batches, Reading, synthetic_batches, train_batches
 from capjax.data.records import Example, write_shards
 from capjax.data.sources import open_source
 from capjax.data.tokenizer import Tokenizer
-from capjax.data.transforms import Augment, CaptionChoice
 from capjax.mesh import MeshShape, make_mesh, place_batch
 from capjax.training.loop import TrainSummary, train
 

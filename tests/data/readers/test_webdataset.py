@@ -11,6 +11,7 @@ import webdataset
 from PIL import Image
 from webdataset import tariterators
 
+from capjax.data.augmentation import Augment
 from capjax.data.images import ImagePreprocessing
 from capjax.data.pipeline import Reading, train_batches
 from capjax.data.readers.tar_index import image_of
@@ -18,7 +19,6 @@ from capjax.data.readers.webdataset import WebDataset
 from capjax.data.records import Caption, CorruptRecord, Example
 from capjax.data.sources import Source, open_source
 from capjax.data.tokenizer import Tokenizer
-from capjax.data.transforms import Augment
 from capjax.errors import UserError
 
 
