@@ -32,12 +32,12 @@ from PIL import Image
 from timing import Timing, alternate, medians, timed
 
 from capjax.data import decode, resize
+from capjax.data.augmentation import Augment
 from capjax.data.images import ImagePreprocessing
 from capjax.data.pipeline import Batches, Reading, train_batches
 from capjax.data.records import Caption, Example, write_shards
 from capjax.data.sources import open_source
 from capjax.data.tokenizer import Tokenizer
-from capjax.data.transforms import Augment
 
 SIZES = {"500x375": (500, 375), "1024x768": (1024, 768)}
 SIDE, BATCH = 224, 32
