@@ -27,7 +27,7 @@ from capjax.data.pipeline import (
 )
 from capjax.data.sources import Source, open_source
 from capjax.data.tokenizer import Tokenizer
-from capjax.errors import UserError
+from capjax.errors import UserError, did_you_mean
 from capjax.models.towers import Towers
 from capjax.objectives.combined import Objectives
 from capjax.training.state import TrainState
@@ -113,15 +113,47 @@ def build_data(config: ConfigDict) -> DataPlan:
 
 
 def build_captions(config: ConfigDict) -> CaptionChoice:
-    """Which captions are used: `captions.sources` (none: all), weighed by `captions.weights`."""
+    """Which captions are used, and for which sources of the mixture others. Raises `UserError`."""
     section = dict(config.captions)
+    named, mixture = section.pop("datasets", {}), config.data.get("mixture", {})
+    datasets = {}
+    for name, fields in named.items():
+        field = f"captions.datasets.{name}"
+        if name not in mixture:
+            raise UserError(
+                f"{field}: data.mixture has no such source{did_you_mean(name, mixture)} (it has "
+                f"{', '.join(sorted(mixture)) or 'none: name them with data.mixture.NAME=SOURCE'})"
+            )
+        fields = fields.to_dict() if isinstance(fields, ConfigDict) else fields
+        if not isinstance(fields, dict) or "datasets" in fields:
+            raise UserError(
+                f"{field}={fields}: expected fields of captions, such as {{'sentences': 'run'}}"
+            )
+        try:
+            datasets[name] = _caption_choice(section | _with_weights(fields))
+        except UserError as error:
+            raise UserError(f"{field}: {error}") from error
+    return dataclasses.replace(_caption_choice(section), datasets=datasets)
+
+
+def _with_weights(fields: dict[str, Any]) -> dict[str, Any]:
+    """Weights belong to their sources: those of others do not weigh these."""
+    return {"weights": ()} | fields if "sources" in fields else fields
+
+
+def _caption_choice(section: dict[str, Any]) -> CaptionChoice:
+    """Of one source: `captions.sources` (none: all), weighed by `captions.weights`."""
+    section = dict(section)
     sources, weights = section.pop("sources") or (), section.pop("weights") or ()
     if weights and len(weights) != len(sources):
         raise UserError(
             f"captions.weights={tuple(weights)} for captions.sources={tuple(sources)}: expected as "
             "many weights as sources, or none for equal ones"
         )
-    weighed = dict(zip(sources, weights or (1.0,) * len(sources), strict=True))
+    try:
+        weighed = dict(zip(sources, map(float, weights or (1.0,) * len(sources)), strict=True))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"captions.weights={tuple(weights)}: expected numbers") from error
     return from_dataclass_kwargs(CaptionChoice, section | {"sources": weighed}, "captions")
 
 

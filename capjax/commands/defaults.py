@@ -56,6 +56,8 @@ def default_config() -> ConfigDict:
             "max_tokens": 0,
             "score": "",
             "score_edges": (),
+            # Of sources of data.mixture, by their names: fields of this section that differ.
+            "datasets": {},
         }
     )
     config.preprocessing = ConfigDict(

@@ -7,7 +7,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from capjax.commands.build import DataPlan, Plan, evaluation_batches
-from capjax.data.captions import caption_texts
+from capjax.data.captions import reference_texts
 from capjax.data.sources import Source
 from capjax.data.tokenizer import Tokenizer
 from capjax.dims import Params
@@ -84,7 +84,7 @@ def evaluate_split(
                 tokenizer=tokenizer,
                 source=source,
                 source_name=name,
-                references=lambda example: caption_texts(example, data.captions),
+                references=lambda example: reference_texts(example, data.captions),
                 step=step,
             )
         if jax.process_index() == 0:

@@ -30,6 +30,8 @@ EXPECTED = {
     tuple: "a list (such as 1,2 or a,b)",
 }
 OPEN_SECTIONS = ("evaluate.splits", "data.mixture")  # of text, by names that are the user's
+# By names that are the user's too, but with the fields of the section that it is in.
+OPEN_SUBSECTION = "captions.datasets"
 _Value = typing.Any  # whatever a config field holds
 
 
@@ -162,6 +164,9 @@ def _override(config: ConfigDict, text: str) -> None:
     """Sets one field of `config` from `a.b=v`."""
     name, _, value = text.partition("=")
     *sections, key = name.split(".")
+    if ".".join(sections[:-1]) == OPEN_SUBSECTION:
+        _override_own(config, sections, key, value)
+        return
     parent = node = config
     for part in [*sections, key]:
         is_open = part is key and value and ".".join(sections) in OPEN_SECTIONS
@@ -177,6 +182,19 @@ def _override(config: ConfigDict, text: str) -> None:
             f"--config.{text}: {name} is a section; set one of its fields: {', '.join(node)}"
         )
     parent[key] = parse_value(value, node, parent.get_type(key), name)
+
+
+def _override_own(config: ConfigDict, sections: list[str], key: str, value: str) -> None:
+    """Sets a field for one of the names of the open subsection, as its section's own is typed."""
+    parent, child, of = sections
+    known, name = config[parent], ".".join([*sections, key])
+    if key not in known or key == child:
+        hint = did_you_mean(key, known) or f"; its fields are {', '.join(known)}"
+        raise UserError(f"--config.{name}={value}: no such field{hint}")
+    before = known[child].get(of, {})
+    parsed = parse_value(value, known[key], known.get_type(key), name)
+    with config.unlocked():
+        known[child][of] = ConfigDict({**before, key: parsed})
 
 
 def _nearest(config: ConfigDict, name: str) -> str:

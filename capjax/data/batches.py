@@ -170,11 +170,12 @@ class TrainMaker(Maker):
 
     def __call__(self, step: int) -> dict[str, Any]:
         first = self.start + step * self.batch_size + self.first_row
-        batch_images, texts, bad = self.empty_images(), [], []
+        batch_images, texts, lengths, bad = self.empty_images(), [], [], []
         for row in range(self.num_rows):
-            batch_images[row], captions = self._pair(first + row, bad)
+            batch_images[row], captions, length = self._pair(first + row, bad)
             texts += captions
-        tokens = self._encode(texts)
+            lengths += [length] * len(captions)
+        tokens = self._encode(texts, np.array(lengths))
         if self.captions.per_image > 1:
             tokens = tokens.reshape(self.num_rows, self.captions.per_image, self.text_length)
         positions = (first + np.arange(self.num_rows, dtype=np.uint64)).astype(np.uint32)
@@ -185,10 +186,14 @@ class TrainMaker(Maker):
             _BAD: bad,
         }
 
-    def _pair(self, position: int, bad: list[BadRecord]) -> tuple[np.ndarray, list[str]]:
-        """Image and captions at a position; what could not be used on the way is added to `bad`."""
+    def _pair(self, position: int, bad: list[BadRecord]) -> tuple[np.ndarray, list[str], int]:
+        """Image, captions and their greatest number of tokens at a position.
+
+        What could not be used on the way is added to `bad`.
+        """
         first, part, seed, own_position, dataset = self._place(position)
         num_examples = len(part)
+        length = min(self.captions.of(dataset).max_tokens or self.text_length, self.text_length)
         index = first + block_example_index(seed, own_position, num_examples, block_size(part))
         for attempt in range(1, _MAX_ATTEMPTS + 1):
             try:
@@ -196,7 +201,8 @@ class TrainMaker(Maker):
                 rng = position_rng(self.seed, position)
                 texts = choose_captions(example, self.captions, rng, dataset)
                 text = " ".join(texts)
-                return augment_image(image, text, self.preprocessing, self.augment, rng), texts
+                image = augment_image(image, text, self.preprocessing, self.augment, rng)
+                return image, texts, length
             except (CorruptRecord, ImageError, NoCaption) as error:
                 bad.append(BadRecord(position, index, bad_reason(error), str(error)))
                 index = first + substitute_index(seed, position, attempt, num_examples)
@@ -205,10 +211,13 @@ class TrainMaker(Maker):
             f"{self.images.source!r}; the last: {bad[-1].detail}"
         )
 
-    def _encode(self, texts: list[str]) -> np.ndarray:
-        length = min(self.captions.max_tokens or self.text_length, self.text_length)
-        tokens = self.tokenizer.encode_batch(texts, length)
-        return np.pad(tokens, ((0, 0), (0, self.text_length - length)), constant_values=PAD_ID)
+    def _encode(self, texts: list[str], lengths: np.ndarray) -> np.ndarray:
+        """int32 [N, text_length]: each text in at most its length of tokens."""
+        tokens = np.full((len(texts), self.text_length), PAD_ID, np.int32)
+        for length in set(lengths.tolist()):
+            rows = np.flatnonzero(lengths == length)
+            tokens[rows, :length] = self.tokenizer.encode_batch([texts[i] for i in rows], length)
+        return tokens
 
     def _place(self, position: int) -> tuple[int, Source, int, int, str]:
         """The source at a position: its first index, itself, seed, own position, name."""

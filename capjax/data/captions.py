@@ -40,6 +40,9 @@ class CaptionChoice:
     as the similarity of image and text: a token for how well they fit (Kang et al. 2023, "Noise-
     aware Learning from Web-crawled Image-Text Data"). Without that field an example is not used.
     `max_tokens`: so many tokens of a text are kept, its end included; 0: as many as there is room.
+
+    `datasets`: by the name of a source in a mixture, the choice that takes the place of this one
+    in training; `per_image` is the same for all of them.
     """
 
     sources: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -50,6 +53,7 @@ class CaptionChoice:
     max_tokens: int = 0
     score: str = ""
     score_edges: Sequence[float] = ()
+    datasets: Mapping[str, "CaptionChoice"] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.per_image < 1:
@@ -79,6 +83,16 @@ class CaptionChoice:
                 f"captions.sources={dict(self.sources)}: expected weights >= 0 that do not all "
                 "vanish, as in {'tts': 0.8, 'keyword': 0.2}"
             )
+        for name, own in self.datasets.items():
+            if own.per_image != self.per_image:
+                raise UserError(
+                    f"captions.datasets.{name}.per_image={own.per_image}: expected that of all "
+                    f"others; leave it out, or set captions.per_image={own.per_image}"
+                )
+
+    def of(self, dataset: str) -> "CaptionChoice":
+        """The choice for a source of the mixture, by its name."""
+        return self.datasets.get(dataset, self)
 
 
 def clean_text(text: str, lower: bool) -> str:
@@ -92,10 +106,12 @@ def choose_captions(
 ) -> list[str]:
     """The texts of `choice.per_image` random captions, as it weighs them. Raises `NoCaption`.
 
+    `dataset`: the name in the mixture of the source that the example is of, whose choice holds.
     No caption is drawn twice before all were drawn. The second and later ones take their numbers
     from a generator of their own, so that their count changes no other draw; and so does what is
     drawn within a caption.
     """
+    choice = choice.of(dataset)
     captions = left = _usable(example, choice)
     bits: Any = rng.bit_generator  # NumPy's base class does not name `jumped`
     within = np.random.Generator(bits.jumped(2)) if choice.sentences != "all" else None
@@ -174,11 +190,17 @@ def first_caption(example: Example, choice: CaptionChoice) -> str:
     return clean_text(best.text, choice.lower)
 
 
-def caption_texts(example: Example, choice: CaptionChoice) -> list[str]:
-    """The captions that the choice draws from, in their order; for training a tokenizer.
+def reference_texts(example: Example, choice: CaptionChoice) -> list[str]:
+    """The captions that the choice draws from, in their order, as they are."""
+    try:
+        return [clean_text(caption.text, choice.lower) for caption in _usable(example, choice)]
+    except NoCaption:
+        return []
 
-    Framed by the templates in turn, without the name of a dataset.
-    """
+
+def caption_texts(example: Example, choice: CaptionChoice, dataset: str = "") -> list[str]:
+    """The same, framed by the templates in turn; for training a tokenizer."""
+    choice = choice.of(dataset)
     try:
         captions, score_bin = _usable(example, choice), _score_bin(example, choice)
     except NoCaption:
@@ -187,7 +209,7 @@ def caption_texts(example: Example, choice: CaptionChoice) -> list[str]:
     return [
         clean_text(
             templates[i % len(templates)].format(
-                caption=caption.text, source=caption.source, dataset="", bin=score_bin
+                caption=caption.text, source=caption.source, dataset=dataset, bin=score_bin
             ),
             choice.lower,
         )

@@ -14,6 +14,7 @@ from capjax.data.augmentation import Augment, augment_image
 from capjax.data.captions import CaptionChoice, NoCaption, caption_texts, choose_captions
 from capjax.data.decode import ImageError, decode_image
 from capjax.data.images import ImagePreprocessing
+from capjax.data.mixture import Mixture
 from capjax.data.records import CorruptRecord
 from capjax.data.sources import Source, block_size
 from capjax.data.stream import block_example_index, position_rng
@@ -41,12 +42,14 @@ def source_texts(source: Source, choice: CaptionChoice, max_examples: int) -> li
     texts: list[str] = []
     names: set[str] = set()
     for i in range(count):
+        index = i * len(source) // count
         try:
-            example = source[i * len(source) // count]
+            example = source[index]
         except CorruptRecord:
             continue
         names.update(caption.source for caption in example.captions)
-        texts += caption_texts(example, choice)
+        dataset = source.name_at(index) if isinstance(source, Mixture) else ""
+        texts += caption_texts(example, choice, dataset)
     if not texts:
         have = (
             f"its captions are of {', '.join(map(repr, sorted(names)))}" if names else "it has none"

@@ -162,6 +162,10 @@ class Mixture:
         number = bisect.bisect_right(self._ends, i)
         return self.sources[number][i - self.span(number)[0]]
 
+    def name_at(self, index: int) -> str:
+        """The name of the source that has the example of this index, which is not negative."""
+        return self.names[bisect.bisect_right(self._ends, index)]
+
     def __repr__(self) -> str:
         pairs = zip(self.names, self.sources, strict=True)
         return f"Mixture({', '.join(f'{name}={source!r}' for name, source in pairs)})"

@@ -28,7 +28,7 @@ CONFIG = default_config()
         (CONFIG.augment, Augment, {}),
         (CONFIG.reading, Reading, {}),
         (CONFIG.preprocessing, ImagePreprocessing, {"image_size": 224}),
-        (CONFIG.captions, CaptionChoice, {"sources": (), "weights": ()}),
+        (CONFIG.captions, CaptionChoice, {"sources": (), "weights": (), "datasets": {}}),
         # The fixed draw is cheaper, and needs batches that divide.
         (CONFIG.objective.captioning, CaptioningObjective, {"parallel_draw": "fixed"}),
         (CONFIG.objective.contrastive, ContrastiveObjective, {}),

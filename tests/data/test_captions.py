@@ -11,6 +11,7 @@ from capjax.data.captions import (
     caption_texts,
     choose_captions,
     first_caption,
+    reference_texts,
 )
 from capjax.data.records import Caption, Example
 from capjax.errors import UserError
@@ -81,7 +82,8 @@ def test_case_is_kept_on_request_and_white_space_is_not():
 def test_the_reference_is_the_first_caption_of_the_heaviest_source():
     assert first_caption(EXAMPLE, CaptionChoice()) == "a red cat"
     assert first_caption(EXAMPLE, CaptionChoice({"tts": 0.4, "keyword": 0.6})) == "cat"
-    assert caption_texts(EXAMPLE, CaptionChoice({"keyword": 1.0})) == ["cat", "pet"]
+    for texts in (caption_texts, reference_texts):
+        assert texts(EXAMPLE, CaptionChoice({"keyword": 1.0})) == ["cat", "pet"]
 
 
 LONG = Example("k", b"x", (Caption("A cat. It sits! Is it 3.5 kg?", "alt"),))
@@ -116,6 +118,9 @@ def test_templates_frame_a_caption():
     choice = CaptionChoice(templates=("{source}: {caption}",))
     assert first_caption(LONG, choice) == text
     assert caption_texts(LONG, choice) == [f"alt: {text}"]
+    assert reference_texts(LONG, choice) == [text]
+    named = CaptionChoice(templates=("<{dataset}> {caption}",))
+    assert caption_texts(LONG, named, "web") == [f"<web> {text}"]
 
 
 def test_a_token_tells_how_well_a_caption_fits():
@@ -179,9 +184,22 @@ def test_an_example_without_a_wanted_caption_is_named():
     choice = CaptionChoice({"alt": 1.0})
     with pytest.raises(NoCaption, match=r"k: sources \['keyword', 'tts'\], wanted \['alt'\]"):
         first_caption(EXAMPLE, choice)
-    assert caption_texts(EXAMPLE, choice) == []
+    assert caption_texts(EXAMPLE, choice) == reference_texts(EXAMPLE, choice) == []
     with pytest.raises(NoCaption):
         choose_captions(Example("k", b"x"), CaptionChoice(), np.random.default_rng(0))
+
+
+def test_a_dataset_has_a_choice_of_its_own():
+    own = CaptionChoice({"tts": 1.0}, lower=False, templates=("{dataset}: {caption}",))
+    choice = CaptionChoice({"keyword": 1.0}, datasets={"web": own})
+    assert (choice.of("web"), choice.of("coco"), choice.of("")) == (own, choice, choice)
+    fields = {"sources": choice.sources, "datasets": choice.datasets}
+    assert drawn(EXAMPLE, "web", **fields) == {"web: A Red Cat": 3000}
+    assert set(drawn(EXAMPLE, "coco", **fields)) == {"cat", "pet"}
+    assert caption_texts(EXAMPLE, choice, "web") == ["web: A Red Cat"]
+    assert first_caption(EXAMPLE, choice) == "cat"  # evaluation knows of no dataset
+    with pytest.raises(UserError, match=r"datasets\.web\.per_image=1: .*set captions\.per_image=1"):
+        CaptionChoice(per_image=2, datasets={"web": own})
 
 
 @pytest.mark.parametrize("sources", [{"a": -1.0}, {"a": 0.0}, {"a": float("nan")}])

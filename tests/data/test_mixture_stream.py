@@ -5,17 +5,19 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
-from capjax.commands.build import build_source
+from capjax.commands.build import build_captions, build_source
 from capjax.commands.settings import load_config
 from capjax.commands.train import check_schedule
 from capjax.data.augmentation import Augment
+from capjax.data.captions import CaptionChoice
 from capjax.data.images import ImagePreprocessing
-from capjax.data.mixture import Mixture, check_appended, parse_schedule
+from capjax.data.mixture import Mixture, MixtureOrder, check_appended, parse_schedule
 from capjax.data.pipeline import train_batches
-from capjax.data.records import CorruptRecord, Example
+from capjax.data.records import Caption, CorruptRecord, Example
 from capjax.data.stream import example_index, mix
-from capjax.data.tokenizer import Tokenizer
+from capjax.data.tokenizer import PAD_ID, Tokenizer
 from capjax.errors import UserError
 from tests.data.test_pipeline import example_ids, make_example, take
 
@@ -94,6 +96,70 @@ def test_a_bad_record_is_replaced_within_its_source():
             assert after == before
 
 
+@dataclasses.dataclass
+class Described(Numbers):
+    """The same with captions of two sources: a short one, and a long one of three sentences."""
+
+    def __getitem__(self, i: int) -> Example:
+        short, long = Caption("Number", "alt"), Caption("Example 1. Example 2. Example 3.", "long")
+        return super().__getitem__(i)._replace(captions=(short, long))
+
+
+PLAIN = CaptionChoice({"alt": 1.0})
+OWN = CaptionChoice(
+    {"alt": 1.0, "long": 3.0},
+    lower=False,
+    sentences="one",
+    templates=("{dataset} {caption}",),
+    max_tokens=6,
+)
+
+
+def described(captions: CaptionChoice, steps: int = 160, **options) -> dict[str, np.ndarray]:
+    parts = {"a": Described(0, 50, frozenset({3, 4})), "b": Described(1000, 7)}
+    batches = train_batches(
+        Mixture(parts, ((0, (3.0, 1.0)),)),
+        TOKENIZER,
+        preprocessing=ImagePreprocessing(8),
+        augment=Augment(shift_pixels=1, color_jitter=0.1),
+        captions=captions,
+        text_length=12,
+        batch_size=8,
+        seed=SEED,
+        bad_budget=1.0,
+        **options,
+    )
+    return take(batches, steps)
+
+
+def test_captions_of_one_source_differ_and_nothing_else_does():
+    found = described(dataclasses.replace(PLAIN, datasets={"b": OWN}))
+    plain, own = described(PLAIN), described(OWN)
+    order = MixtureOrder(SEED, ((0, (3.0, 1.0)),))
+    is_b = np.array([order.place(position)[0] == 1 for position in range(1280)])
+    assert is_b[:1024].sum() == 256
+    np.testing.assert_array_equal(found["image"], plain["image"])
+    np.testing.assert_array_equal(found["image"], own["image"])
+    np.testing.assert_array_equal(
+        found["tokens"], np.where(is_b[:, None], own["tokens"], plain["tokens"])
+    )
+    texts = np.array([TOKENIZER.decode(row) for row in found["tokens"]])
+    assert set(texts[~is_b]) == {"number"}
+    kept = (found["tokens"][is_b] != PAD_ID).sum(1)
+    assert kept.max() == 6  # of 12, the end included
+    shares = Counter(texts[is_b] == TOKENIZER.decode(TOKENIZER.encode("b Number", 6)))
+    assert abs(shares[True] - is_b.sum() / 4) < 4 * (is_b.sum() * 3 / 16) ** 0.5
+
+
+def test_captions_by_source_go_on_alike_after_a_restart_on_more_processes():
+    choice = dataclasses.replace(PLAIN, datasets={"b": OWN})
+    whole = described(choice, 20)["tokens"].reshape(20, 2, 4, 12)
+    for index in range(2):
+        share = {"start": 40, "process_index": index, "process_count": 2}
+        again = described(choice, 15, **share)["tokens"].reshape(15, 4, 12)
+        np.testing.assert_array_equal(again, whole[5:, index])
+
+
 def test_weights_appended_on_resume_hold_from_there_on():
     old, first = mixture(), ((0, (3.0, 1.0)),)
     new = mixture((*first, (400, (0.0, 1.0))))
@@ -146,7 +212,52 @@ def test_a_config_names_the_sources(tmp_path):
     (tmp_path / "config.json").write_text('{"batch_size": 4, "data": {"schedule": ["0:art=1"]}}')
     with pytest.raises(UserError, match="may only append"):
         check_schedule(config, str(tmp_path))
+    overrides += [
+        "captions.datasets.web.sources=alt",
+        "captions.datasets.web.sentences=run",
+        "captions.datasets.web.max_tokens=1k",
+    ]
+    config = load_config("emoji_quickstart", [*overrides, "captions.weights=2"])
+    choice = build_captions(config)
+    web, rest = choice.of("web"), choice.of("art")
+    assert rest == dataclasses.replace(choice, datasets=choice.datasets)
+    assert (rest.sources, rest.sentences) == ({"tts": 2.0}, "all")
+    assert web == CaptionChoice({"alt": 1.0}, sentences="run", max_tokens=1000)
     with pytest.raises(UserError, match="give one of the two"):
         build_source(load_config("emoji_quickstart", overrides[1:]))
     with pytest.raises(UserError, match="which is empty"):
         build_source(load_config("emoji_quickstart", overrides[3:]))
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("captions.datasets.wbe.lower=false", "datasets.wbe: data.mixture has no such source; did"),
+        ("captions.datasets.web.sentence=one", "no such field; did you mean sentences?"),
+        ("captions.datasets.web.datasets=one", "no such field"),
+        ("captions.datasets.web.lower=maybe", "web.lower=maybe: expected true or false"),
+        ("captions.datasets.web=one", "no such field"),
+        ("captions.datasets.web.sentences=two", "datasets.web: captions.sentences='two': choose"),
+        ("captions.datasets.web.weights=1,2", "datasets.web: captions.weights=.1, 2. for"),
+        ("captions.datasets.web.weights=much", r"web: captions.weights=\('much',\): expected num"),
+        ("captions.datasets.web.per_image=2", "web.per_image=2: .*set captions.per_image=2"),
+    ],
+)
+def test_wrong_captions_of_a_source_are_refused_in_one_line(override, words):
+    overrides = ["data.source=", "data.mixture.web=emoji:val", override]
+    with pytest.raises(UserError, match=words) as error:
+        build_captions(load_config("emoji_quickstart", overrides))
+    assert "\n" not in str(error.value)
+
+
+def test_captions_of_a_source_in_a_config_file_are_checked():
+    config = load_config("emoji_quickstart", ["data.source=", "data.mixture.web=emoji:val"])
+    for wrong in ("one", ConfigDict({"datasets": {}})):
+        with config.unlocked():
+            config.captions.datasets = ConfigDict({"web": wrong})
+        with pytest.raises(UserError, match=r"datasets\.web=.*expected fields of captions"):
+            build_captions(config)
+    with config.unlocked():
+        config.captions.datasets = ConfigDict({"web": {"lower": 3}})
+    with pytest.raises(UserError, match=r"web: captions\.lower=3: expected true or false"):
+        build_captions(config)
