@@ -33,6 +33,9 @@ LAYOUTS: dict[str, Layout] = {
     "webdataset": Layout(
         "capjax.data.readers.webdataset:open_webdataset", ("captions", "cache", "block"), (".tar",)
     ),
+    "tfds": Layout(
+        "capjax.data.readers.tfds_source:open_tfds", ("split", "data_dir", "image", "captions")
+    ),
     "csv": Layout(
         "capjax.data.readers.tables:open_csv",
         ("image", "caption", "images", "key", "delimiter"),
