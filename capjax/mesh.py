@@ -34,7 +34,7 @@ act_BLF = P(BATCH, None, "tensor")
 act_BLNK = P(BATCH, None, "tensor", None)
 act_BLV = P(BATCH, None, "tensor")
 act_BHWC = P(BATCH, None, None, None)
-act_XBLNK = P(None, BATCH, None, "tensor", None)
+act_BNRLK = P(BATCH, "tensor", None, None, None)
 
 # Parameters as stored. A stack's leading layer axis is prepended as None by the stack.
 kernel_DF = P("fsdp", "tensor")

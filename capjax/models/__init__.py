@@ -1,8 +1,8 @@
 """Image captioners and contrastive towers as pure functions of a nested dict of parameters."""
 
+from capjax.models.cache import LayerCache
 from capjax.models.captioner import Captioner, CaptionerConfig
 from capjax.models.coca import CoCa, CoCaConfig
-from capjax.models.text_decoder import DecoderCache
 from capjax.models.two_towers import TwoTowers, TwoTowersConfig
 
 __all__ = [
@@ -10,7 +10,7 @@ __all__ = [
     "CaptionerConfig",
     "CoCa",
     "CoCaConfig",
-    "DecoderCache",
+    "LayerCache",
     "TwoTowers",
     "TwoTowersConfig",
 ]

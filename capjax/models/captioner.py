@@ -5,6 +5,7 @@ big_vision's `models/proj/cappa/cappa.py`.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from flax import nnx
 from capjax.data.tokenizer import PAD_ID
 from capjax.dims import Array, Bool, Float, Int, Params, UInt8
 from capjax.errors import UserError
+from capjax.models.cache import LayerCache
 from capjax.models.functional import PureModel
 from capjax.models.image_encoder import (
     ImageEncoder,
@@ -21,7 +23,7 @@ from capjax.models.image_encoder import (
     normalize,
 )
 from capjax.models.pooling import pool
-from capjax.models.text_decoder import DecoderCache, TextDecoder
+from capjax.models.text_decoder import DecodeStep, TextDecoder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -185,26 +187,31 @@ class Captioner(PureModel):
         """Float32 kernel and bias behind `logits`, as stored: split over `fsdp` and `tensor`."""
         return self.module(params).decoder.head.parameters()
 
-    def start_cache(
-        self, params: Params, memory_BPD: Float[Array, "B P D"], length: int
-    ) -> DecoderCache:
-        """A cache for up to `length` tokens; keys and values of the memory are computed here."""
-        self._check_length(length)
-        return self.module(params).decoder.start_cache(memory_BPD, length)
-
-    def decode_step(
+    def start_decoding(
         self,
         params: Params,
-        tokens_B: Int[Array, " B"],
-        index: Int[Array, ""] | int,
-        cache: DecoderCache,
-    ) -> tuple[Float[Array, "B V"], DecoderCache]:
-        """Logits of position `index` given its input token, and the cache with it written in.
+        memories: Sequence[Float[Array, "B P D"] | None],
+        *,
+        batch: int,
+        length: int,
+        num_rows: int = 1,
+    ) -> tuple[DecodeStep, tuple[LayerCache, ...]]:
+        """(step, cache) to write `num_rows` texts an image, token by token.
 
-        Positions are taken in order from 0; the first input is 0. Out comes the same tree of
-        shapes and types as went in, so the cache can be carried through `lax.while_loop`.
+        `step(tokens_BS, index, cache, ancestors_BSL=None)` takes the decoder inputs of position
+        `index` (in order from 0; the first input is 0) and gives logits [B, R, V], states after the
+        final LayerNorm [B, R, E], and the cache with the position written in. It fits into
+        `lax.while_loop`. Parameters are cast, and memories projected, here, once.
+
+        Args:
+          memories: what each group of rows sees: the memory of its image, or None for no image
+            (`null_memory`). Every group is fed the same tokens, and R = num_rows * len(memories).
+          ancestors_BSL: in which of its group's rows position l of row s lies, where texts go on
+            from one another's, as beams do. Default: in its own.
         """
-        return self.module(params).decoder.decode_step(tokens_B, jnp.asarray(index), cache)
+        self._check_length(length)
+        decoder = self.module(params).decoder
+        return decoder.start_decoding(memories, batch, length, num_rows, self.config.dtype)
 
     def flops_per_example(self) -> float:
         """Matmul FLOPs (2mnk) of one training example, the backward pass counted as twice forward.

@@ -12,6 +12,7 @@ without the poolers and the projections, which are 6.1 M, they are the paper's 3
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from capjax.data.tokenizer import PAD_ID
 from capjax.dims import Array, Bool, Float, Int, Params, UInt8
 from capjax.errors import UserError
 from capjax.models.attentional_pooler import AttentionalPooler, pooler_flops
+from capjax.models.cache import LayerCache
 from capjax.models.coca_decoder import CoCaDecoder
 from capjax.models.functional import PureModel
 from capjax.models.image_encoder import (
@@ -31,7 +33,7 @@ from capjax.models.image_encoder import (
     stack_flops,
 )
 from capjax.models.pooling import unit_norm
-from capjax.models.text_decoder import DecoderCache
+from capjax.models.text_decoder import DecodeStep
 from capjax.models.text_encoder import apply_projection, project_feature
 from capjax.models.two_towers import ContrastiveScale
 
@@ -212,22 +214,18 @@ class CoCa(PureModel):
         """Float32 kernel and bias behind `logits`, as stored: split over `fsdp` and `tensor`."""
         return self.module(params).decoder.head.parameters()
 
-    def start_cache(
-        self, params: Params, memory_BQD: Float[Array, "B Q D"], length: int
-    ) -> DecoderCache:
-        """A cache for up to `length` tokens; keys and values of the memory are computed here."""
-        self._check_length(length)
-        return self.module(params).decoder.start_cache(memory_BQD, length)
-
-    def decode_step(
+    def start_decoding(
         self,
         params: Params,
-        tokens_B: Int[Array, " B"],
-        index: Int[Array, ""] | int,
-        cache: DecoderCache,
-    ) -> tuple[Float[Array, "B V"], DecoderCache]:
-        """As `Captioner.decode_step`: logits of position `index`, and the longer cache."""
-        return self.module(params).decoder.decode_step(tokens_B, jnp.asarray(index), cache)
+        memories: Sequence[Float[Array, "B Q D"] | None],
+        *,
+        batch: int,
+        length: int,
+        num_rows: int = 1,
+    ) -> tuple[DecodeStep, tuple[LayerCache, ...]]:
+        """See `Captioner.start_decoding`."""
+        self._check_length(length)
+        return self.module(params).decoder.start_decoding(memories, batch, length, num_rows)
 
     def flops_per_example(self) -> float:
         """Matmul FLOPs (2mnk) of an image and a text, the backward pass counted as twice forward.

@@ -1,5 +1,6 @@
 """CoCa's text decoder: layers that read text alone, then layers that read text and image."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,14 +9,15 @@ from jax import lax
 
 from capjax.data.tokenizer import PAD_ID
 from capjax.dims import Array, Bool, Float, Int
-from capjax.mesh import act_BLD, act_XBLNK, embedding_LD, out_sharding
+from capjax.mesh import act_BLD, embedding_LD
 from capjax.models.attention import MASKED, SelfAttention, causal_bias
-from capjax.models.decoder_block import DecoderBlock, attend_to_cache
+from capjax.models.cache import LayerCache, attend_to_cache, empty_cache, ready
+from capjax.models.decoder_block import DecoderBlock
 from capjax.models.image_encoder import ImageEncoderConfig, sincos2d
 from capjax.models.layers import Embedding, LayerNorm, Mlp
 from capjax.models.parameters import broadcast, lecun_normal, normal, parameter, use, zeros
-from capjax.models.stack import run_stack, stack
-from capjax.models.text_decoder import DecoderCache, OutputHead, drop_memory, pad_to_lanes
+from capjax.models.stack import run_stack, stack, unstack
+from capjax.models.text_decoder import DecodeStep, OutputHead, drop_memory, pad_to_lanes, see
 from capjax.models.text_encoder import apply_projection, project_feature
 
 
@@ -74,25 +76,23 @@ class UnimodalBlock(nnx.Module):
 
     def decode_step(
         self,
-        x_B1E: Float[Array, "B 1 E"],
+        x_BSE: Float[Array, "B S E"],
         index: Int[Array, ""],
-        layer: Int[Array, ""],
-        keys_XBLNK: Array,
-        values_XBLNK: Array,
-    ) -> tuple[Array, Array, Array]:
-        """One position; its key and value are written into the cache."""
-        found_B1E, keys_XBLNK, values_XBLNK = attend_to_cache(
-            self.self_attention, self.self_norm(x_B1E), index, layer, keys_XBLNK, values_XBLNK
+        cache: LayerCache,
+        ancestors_BSL: Int[Array, "B S L"] | None,
+    ) -> tuple[Float[Array, "B S E"], LayerCache]:
+        """One position of every row, and the cache with its keys and values written in."""
+        found_BSE, cache = attend_to_cache(
+            self.self_attention, self.self_norm(x_BSE), index, cache, 1, ancestors_BSL
         )
-        x_B1E = x_B1E + found_B1E
-        return x_B1E + self.mlp(self.mlp_norm(x_B1E)), keys_XBLNK, values_XBLNK
+        x_BSE = x_BSE + found_BSE
+        return x_BSE + self.mlp(self.mlp_norm(x_BSE)), cache
 
 
 class CoCaDecoder(nnx.Module):
     """Decoder inputs (B, L) to text states, text embeddings, hidden states and logits.
 
-    The cache is the captioner's: the text's keys and values of all layers, the unimodal ones first,
-    and the memory's of the multimodal layers.
+    The cache is that of the unimodal layers, then that of the multimodal ones.
     """
 
     def __init__(
@@ -182,44 +182,42 @@ class CoCaDecoder(nnx.Module):
         """See `text_decoder.drop_memory`."""
         return drop_memory(self.null_memory, memory_BQD, is_dropped_B)
 
-    def start_cache(self, memory_BQD: Float[Array, "B Q D"], length: int) -> DecoderCache:
-        """Keys and values of the memory for the multimodal layers, room for `length` tokens."""
-        _, (keys_XBQNK, values_XBQNK) = lax.scan(
-            lambda _, block: (None, block.cross_attention.project_memory(memory_BQD)),
-            None,
-            self.multimodal_blocks,
-        )
-        _, batch, _, num_heads, head_width = keys_XBQNK.shape
-        empty_XBLNK = jnp.zeros(
-            (sum(self.depths), batch, length, num_heads, head_width),
-            keys_XBQNK.dtype,
-            out_sharding=out_sharding(act_XBLNK),
-        )
-        return DecoderCache(empty_XBLNK, empty_XBLNK, keys_XBQNK, values_XBQNK)
+    def start_decoding(
+        self,
+        memories: Sequence[Float[Array, "B Q D"] | None],
+        batch: int,
+        length: int,
+        num_rows: int,
+    ) -> tuple[DecodeStep, tuple[LayerCache, ...]]:
+        """See `Captioner.start_decoding`. The unimodal layers run once for all groups of rows."""
+        dtype = self.dtype
+        unimodal = [ready(block, dtype) for block in unstack(self.unimodal_blocks)]
+        multimodal = [ready(block, dtype) for block in unstack(self.multimodal_blocks)]
+        seen = [see(layer, memories, self.null_memory, dtype) for layer in multimodal]
+        embedding, head = ready(self.token_embedding, jnp.float32), ready(self.head, dtype)
+        positions_LE = self.positions()
 
-    def decode_step(
-        self, tokens_B: Int[Array, " B"], index: Int[Array, ""], cache: DecoderCache
-    ) -> tuple[Float[Array, "B V"], DecoderCache]:
-        """Logits of position `index`, whose decoder input is `tokens`, and the longer cache."""
-        x_B1E = self.token_embedding(tokens_B[:, None], self.dtype)
-        x_B1E += lax.dynamic_slice_in_dim(self.positions(), index, 1)[None]
+        def step(tokens_BS, index, cache, ancestors_BSL=None):
+            index, x_BSE = jnp.asarray(index), embedding(tokens_BS, dtype)
+            x_BSE += lax.dynamic_slice_in_dim(positions_LE, index, 1)[None]
+            after = []
+            for layer, kept in zip(unimodal, cache, strict=False):
+                x_BSE, kept = layer.decode_step(x_BSE, index, kept, ancestors_BSL)
+                after.append(kept)
+            x_BRE = jnp.concatenate([x_BSE] * len(memories), axis=1)
+            for layer, kept, look in zip(multimodal, cache[len(unimodal) :], seen, strict=True):
+                x_BRE, kept = layer.decode_step(x_BRE, index, kept, look, ancestors_BSL)
+                after.append(kept)
+            hidden_BRE = self.norm(x_BRE)
+            return head(hidden_BRE), hidden_BRE, tuple(after)
 
-        def body(carry, layer):
-            x_B1E, keys_XBLNK, values_XBLNK = carry
-            block, number, *memory = layer
-            return block.decode_step(x_B1E, index, number, keys_XBLNK, values_XBLNK, *memory)
+        num_heads, head_width = unimodal[0].self_attention.out.in_shape
 
-        unimodal, multimodal = self.depths
-        memory = (cache.cross_key_XBPNK, cache.cross_value_XBPNK)
-        carry = (x_B1E, cache.self_key_XBLNK, cache.self_value_XBLNK)
-        for layers in (
-            (self.unimodal_blocks, jnp.arange(unimodal)),
-            (self.multimodal_blocks, unimodal + jnp.arange(multimodal), memory),
-        ):
-            carry = run_stack(body, carry, layers, scan=True)  # unrolled, parameters are copied
-        x_B1E, keys_XBLNK, values_XBLNK = carry
-        logits_BV = self.head(self.norm(x_B1E))[:, 0]
-        return logits_BV, cache._replace(self_key_XBLNK=keys_XBLNK, self_value_XBLNK=values_XBLNK)
+        def empty(rows):
+            return empty_cache(batch, num_heads, rows, length, head_width, dtype)
+
+        narrow, wide = empty(num_rows), empty(num_rows * len(memories))
+        return step, (narrow,) * len(unimodal) + (wide,) * len(multimodal)
 
     def _embed(self, tokens_BL):
         x_BLE = self.token_embedding(tokens_BL, self.dtype)

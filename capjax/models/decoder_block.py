@@ -4,12 +4,13 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
 from capjax.dims import Array, Bool, Float, Int
-from capjax.models.attention import MASKED, CrossAttention, SelfAttention, attend, causal_bias
+from capjax.mesh import act_BLD
+from capjax.models.attention import MASKED, CrossAttention, SelfAttention, causal_bias
+from capjax.models.cache import LayerCache, ProjectedMemory, attend_to_cache, attend_to_memory
 from capjax.models.layers import LayerNorm, Mlp
-from capjax.models.parameters import lecun_normal
+from capjax.models.parameters import broadcast, lecun_normal
 
 
 def attention_bias(
@@ -99,40 +100,42 @@ class DecoderBlock(nnx.Module):
 
     def decode_step(
         self,
-        x_B1E: Float[Array, "B 1 E"],
+        x_BRE: Float[Array, "B R E"],
         index: Int[Array, ""],
-        layer: Int[Array, ""],
-        keys_XBLNK: Array,
-        values_XBLNK: Array,
-        memory: Sequence[Array],
-    ) -> tuple[Array, Array, Array]:
-        """One position; its key and value are written into the cache."""
-        found_B1E, keys_XBLNK, values_XBLNK = attend_to_cache(
-            self.self_attention, self.self_norm(x_B1E), index, layer, keys_XBLNK, values_XBLNK
+        cache: LayerCache,
+        memories: Sequence[ProjectedMemory | Array],
+        ancestors_BSL: Int[Array, "B S L"] | None,
+    ) -> tuple[Float[Array, "B R E"], LayerCache]:
+        """One position of every row, and the cache with its keys and values written in.
+
+        The rows are those of one group after another; `memories` has what each group sees.
+        """
+        num_groups = len(memories)
+        found_BRE, cache = attend_to_cache(
+            self.self_attention, self.self_norm(x_BRE), index, cache, num_groups, ancestors_BSL
         )
-        x_B1E = x_B1E + found_B1E
-        query = self.cross_attention.project_query(self.cross_norm(x_B1E))
-        return self.from_memory(x_B1E, query, memory), keys_XBLNK, values_XBLNK
+        x_BRE = x_BRE + found_BRE
+        groups = jnp.split(self.cross_norm(x_BRE), num_groups, axis=1)
+        found = [
+            self._look(group_BSE, memory)
+            for group_BSE, memory in zip(groups, memories, strict=True)
+        ]
+        x_BRE = x_BRE + jnp.concatenate(found, axis=1)
+        return x_BRE + self.mlp(self.mlp_norm(x_BRE)), cache
 
+    def project_memory(self, memory_BPD: Float[Array, "B P D"]) -> ProjectedMemory:
+        """The memory's keys and values as `decode_step` reads them."""
+        return ProjectedMemory(
+            *(x.transpose(0, 2, 1, 3) for x in self.cross_attention.project_memory(memory_BPD))
+        )
 
-def attend_to_cache(
-    attention: SelfAttention,
-    x_B1E: Float[Array, "B 1 E"],
-    index: Int[Array, ""],
-    layer: Int[Array, ""],
-    keys_XBLNK: Array,
-    values_XBLNK: Array,
-) -> tuple[Array, Array, Array]:
-    """`attention` of position `index` to those up to it, and the cache with it written in place."""
-    query, key, value = attention.project(x_B1E, index)
-    start = (layer, 0, index, 0, 0)
-    keys_XBLNK = lax.dynamic_update_slice(keys_XBLNK, key[None], start)
-    values_XBLNK = lax.dynamic_update_slice(values_XBLNK, value[None], start)
-    seen_L = jnp.arange(keys_XBLNK.shape[2]) <= index
-    attended = attend(
-        query,
-        lax.dynamic_index_in_dim(keys_XBLNK, layer, keepdims=False),
-        lax.dynamic_index_in_dim(values_XBLNK, layer, keepdims=False),
-        jnp.where(seen_L, 0.0, MASKED)[None, None, None, :],
-    )
-    return attention.out(attended), keys_XBLNK, values_XBLNK
+    def find_constant(self, vector_D: Float[Array, "D"]) -> Float[Array, "1 1 E"]:
+        """What any query finds in a memory whose vectors are all this one: its value."""
+        _, value_11NK = self.cross_attention.project_memory(vector_D[None, None])
+        return self.cross_attention.out(value_11NK)
+
+    def _look(self, x_BSE: Array, memory: ProjectedMemory | Array) -> Float[Array, "B S E"]:
+        if not isinstance(memory, ProjectedMemory):
+            return broadcast(memory, x_BSE.shape, act_BLD)
+        query_BSNK = self.cross_attention.project_query(x_BSE)
+        return self.cross_attention.out(attend_to_memory(query_BSNK, memory))

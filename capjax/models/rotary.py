@@ -11,13 +11,13 @@ from capjax.dims import Array, Float, Int
 
 
 def rotate(
-    x_BLNK: Float[Array, "B L N K"], start: Int[Array, ""] | int = 0
+    x_BLNK: Float[Array, "B L N K"], position_L: Int[Array, "L"] | None = None
 ) -> Float[Array, "B L N K"]:
-    """Turns position i by the angles (start + i) * 10000 ** (-2k / K), in float32."""
+    """Turns positions p, by default 0 .. L-1, by the angles p * 10000 ** (-2k / K), in float32."""
     half = x_BLNK.shape[-1] // 2
     frequency_H = 10_000.0 ** -(np.arange(half, dtype=np.float32) / half)
-    position_L = (start + jnp.arange(x_BLNK.shape[1])).astype(jnp.float32)
-    angle_L1H = position_L[:, None, None] * frequency_H[None, None, :]
+    position_L = jnp.arange(x_BLNK.shape[1]) if position_L is None else position_L
+    angle_L1H = position_L.astype(jnp.float32)[:, None, None] * frequency_H[None, None, :]
     cos_1L1H, sin_1L1H = jnp.cos(angle_L1H)[None], jnp.sin(angle_L1H)[None]
     a_BLNH, b_BLNH = jnp.split(x_BLNK.astype(jnp.float32), 2, axis=-1)
     turned = (a_BLNH * cos_1L1H - b_BLNH * sin_1L1H, b_BLNH * cos_1L1H + a_BLNH * sin_1L1H)

@@ -55,7 +55,7 @@ def run_stack(
     body = _with_remat(body, remat, in_scan=scan)
     if scan:
         return lax.scan(lambda carry, layer: (body(carry, layer), None), carry, layers)[0]
-    for layer in _unstack(layers):
+    for layer in unstack(layers):
         carry = body(carry, layer)
     return carry
 
@@ -68,7 +68,7 @@ def _take_first(layers: Any) -> tuple[Any, Any]:
     return first, jax.tree.unflatten(treedef, [part[1] for part in parts])
 
 
-def _unstack(layers: Any) -> list[Any]:
+def unstack(layers: Any) -> list[Any]:
     """The layers one by one; `split`, because its gradient is one concatenation."""
     leaves, treedef = jax.tree.flatten(layers)
     depth = leaves[0].shape[0]

@@ -3,7 +3,8 @@
 The memory is what an encoder made of an image: its patches, and what stands beside them.
 """
 
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -14,29 +15,22 @@ from capjax.dims import Array, Bool, Float, Int
 from capjax.mesh import (
     act_BLD,
     act_BLNK,
-    act_XBLNK,
     bias_V,
     embedding_LD,
     kernel_DV,
-    out_sharding,
     replicated,
     reshard,
 )
 from capjax.models.attention import MASKED
+from capjax.models.cache import LayerCache, ProjectedMemory, empty_cache, ready
 from capjax.models.decoder_block import DecoderBlock, attention_bias
 from capjax.models.image_encoder import sincos2d
 from capjax.models.layers import Embedding, LayerNorm
 from capjax.models.parameters import broadcast, normal, parameter, use, zeros
-from capjax.models.stack import run_stack, stack
+from capjax.models.stack import run_stack, stack, unstack
 
-
-class DecoderCache(NamedTuple):
-    """Keys and values of all layers: of the text so far (preallocated), and of the patches."""
-
-    self_key_XBLNK: Array
-    self_value_XBLNK: Array
-    cross_key_XBPNK: Array
-    cross_value_XBPNK: Array
+# (tokens_BS, index, cache, ancestors_BSL or None) -> (logits_BRV, hidden_BRE, cache)
+DecodeStep = Callable[..., tuple[Array, Array, tuple[LayerCache, ...]]]
 
 
 class OutputHead(nnx.Module):
@@ -202,45 +196,58 @@ class TextDecoder(nnx.Module):
         """See `drop_memory`."""
         return drop_memory(self.null_memory, memory_BPD, is_dropped_B)
 
-    def start_cache(self, memory_BPD: Float[Array, "B P D"], length: int) -> DecoderCache:
-        """Keys and values of the memory for every layer, and room for `length` tokens."""
-        _, (keys_XBPNK, values_XBPNK) = lax.scan(
-            lambda _, block: (None, block.cross_attention.project_memory(memory_BPD)),
-            None,
-            self.blocks,
+    def start_decoding(
+        self,
+        memories: Sequence[Float[Array, "B P D"] | None],
+        batch: int,
+        length: int,
+        num_rows: int,
+        dtype: DTypeLike,
+    ) -> tuple[DecodeStep, tuple[LayerCache, ...]]:
+        """See `Captioner.start_decoding`."""
+        layers = [ready(block, dtype) for block in unstack(self.blocks)]
+        seen = [see(layer, memories, self.null_memory, dtype) for layer in layers]
+        embedding, norm, head = (
+            ready(self.token_embedding, jnp.float32),
+            self.norm,
+            ready(self.head, dtype),
         )
-        depth, batch, _, num_heads, head_width = keys_XBPNK.shape
-        empty_XBLNK = jnp.zeros(
-            (depth, batch, length, num_heads, head_width),
-            keys_XBPNK.dtype,
-            out_sharding=out_sharding(act_XBLNK),
-        )
-        return DecoderCache(empty_XBLNK, empty_XBLNK, keys_XBPNK, values_XBPNK)
+        positions_LE = None if self.posemb == "rotary" else self.positions(dtype)
 
-    def decode_step(
-        self, tokens_B: Int[Array, " B"], index: Int[Array, ""], cache: DecoderCache
-    ) -> tuple[Float[Array, "B V"], DecoderCache]:
-        """Logits of position `index`, whose decoder input is `tokens`, and the longer cache."""
-        dtype = cache.self_key_XBLNK.dtype
-        x_B1E = self.token_embedding(tokens_B[:, None], dtype)
-        if self.posemb != "rotary":
-            x_B1E += lax.dynamic_slice_in_dim(self.positions(dtype), index, 1)[None]
+        def step(tokens_BS, index, cache, ancestors_BSL=None):
+            index, x_BSE = jnp.asarray(index), embedding(tokens_BS, dtype)
+            if positions_LE is not None:
+                x_BSE += lax.dynamic_slice_in_dim(positions_LE, index, 1)[None]
+            x_BRE = jnp.concatenate([x_BSE] * len(memories), axis=1)
+            after = []
+            for layer, kept, look in zip(layers, cache, seen, strict=True):
+                x_BRE, kept = layer.decode_step(x_BRE, index, kept, look, ancestors_BSL)
+                after.append(kept)
+            hidden_BRE = norm(x_BRE)
+            return head(hidden_BRE), hidden_BRE, tuple(after)
 
-        def body(carry, layer):
-            x_B1E, keys_XBLNK, values_XBLNK = carry
-            block, number, memory = layer
-            return block.decode_step(x_B1E, index, number, keys_XBLNK, values_XBLNK, memory)
+        num_heads, head_width = layers[0].self_attention.out.in_shape
+        rows = num_rows * len(memories)
+        empty = empty_cache(batch, num_heads, rows, length, head_width, dtype)
+        return step, (empty,) * len(layers)
 
-        depth = cache.self_key_XBLNK.shape[0]
-        memory = (cache.cross_key_XBPNK, cache.cross_value_XBPNK)
-        x_B1E, keys_XBLNK, values_XBLNK = run_stack(
-            body,
-            (x_B1E, cache.self_key_XBLNK, cache.self_value_XBLNK),
-            (self.blocks, jnp.arange(depth), memory),
-            scan=True,  # unrolled, every step would copy every layer's parameters out of the stack
-        )
-        logits_BV = self.head(self.norm(x_B1E))[:, 0]
-        return logits_BV, cache._replace(self_key_XBLNK=keys_XBLNK, self_value_XBLNK=values_XBLNK)
+
+def see(
+    block: DecoderBlock,
+    memories: Sequence[Float[Array, "B P D"] | None],
+    null_memory: nnx.Param | None,
+    dtype: DTypeLike,
+) -> list[ProjectedMemory | Array]:
+    """What each group of rows finds in its memory: keys and values, or without one a constant."""
+
+    def of_group(memory_BPD):
+        if memory_BPD is not None:
+            return block.project_memory(memory_BPD)
+        width = block.cross_attention.key_value.in_shape[0]
+        vector_D = jnp.zeros(width, dtype) if null_memory is None else use(null_memory, dtype)
+        return block.find_constant(vector_D)
+
+    return [of_group(memory_BPD) for memory_BPD in memories]
 
 
 def drop_memory(

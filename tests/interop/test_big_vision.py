@@ -81,13 +81,16 @@ def parity(request):
             return -caption_nll(logits(params, shift_right(rows)), rows)[0]
 
         def decode(choose):
+            write, cache = model.start_decoding(params, [patches], batch=batch, length=length)
+
             def step(carry, i):
                 token, cache = carry
-                out, cache = model.decode_step(params, token, i, cache)
+                out, _, cache = write(token[:, None], i, cache)
+                out = out[:, 0]
                 token = choose(i, out)
                 return (token, cache), (out, token)
 
-            start = (jnp.zeros(batch, jnp.int32), model.start_cache(params, patches, length))
+            start = (jnp.zeros(batch, jnp.int32), cache)
             _, (outs, tokens) = jax.lax.scan(step, start, jnp.arange(length))
             return outs.swapaxes(0, 1), tokens.T
 

@@ -213,7 +213,7 @@ def test_bad_inputs_are_refused(config, params, batch):
     with pytest.raises(UserError, match="7 tokens, but text_length=6"):
         model.hidden(params, jnp.zeros((8, 7), jnp.int32), patches)
     with pytest.raises(UserError, match="7 tokens, but text_length=6"):
-        model.start_cache(params, patches, 7)
+        model.start_decoding(params, [patches], batch=8, length=7)
 
 
 def test_parameters_may_be_numpy_arrays(config, params, batch):

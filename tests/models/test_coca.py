@@ -404,7 +404,7 @@ def test_bad_inputs_are_refused(params, batch):
         lambda: model.hidden(params, long, memory),
         lambda: model.hidden_and_text(params, long, memory),
         lambda: model.embed_text(params, long),
-        lambda: model.start_cache(params, memory, 7),
+        lambda: model.start_decoding(params, [memory], batch=8, length=7),
     ):
         with pytest.raises(UserError, match="7 tokens, but text_length=6"):
             call()

@@ -65,11 +65,12 @@ def test_rotary_turns_pairs_and_shows_distances_alone():
     angles = np.arange(2, 7)[:, None, None] * 10_000.0 ** -(np.arange(3) / 3)
     turned = pairs * np.exp(1j * angles)
     want = np.concatenate([turned.real, turned.imag], -1)
-    np.testing.assert_allclose(rotate(x, 2), want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(rotate(x, jnp.arange(2, 7)), want, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(rotate(x)[:, 0], x[:, 0])
 
     def products(start):
-        return jnp.einsum("BLNK,BSNK->BNLS", rotate(x, start), rotate(x[:, ::-1], start))
+        positions = start + jnp.arange(5)
+        return jnp.einsum("BLNK,BSNK->BNLS", rotate(x, positions), rotate(x[:, ::-1], positions))
 
     np.testing.assert_allclose(products(0), products(30), rtol=1e-4, atol=1e-4)
     assert rotate(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
@@ -188,11 +189,13 @@ def decoded(config, batch):
         memory = model.encode(params, images)
         memory = model.drop_memory(params, memory, jnp.array([False, True]))
 
-        def step(cache, i):
-            logits, cache = model.decode_step(params, tokens[:, i], i, cache)
-            return cache, logits
+        write, cache = model.start_decoding(params, [memory], batch=2, length=6)
 
-        steps = jax.lax.scan(step, model.start_cache(params, memory, 6), jnp.arange(6))[1]
+        def step(cache, i):
+            logits, _, cache = write(tokens[:, i, None], i, cache)
+            return cache, logits[:, 0]
+
+        steps = jax.lax.scan(step, cache, jnp.arange(6))[1]
         return steps.swapaxes(0, 1), model.logits(params, model.hidden(params, tokens, memory))
 
     return both(params, batch["image"][:2])
