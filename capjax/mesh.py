@@ -33,6 +33,7 @@ act_BLD = P(BATCH, None, None)
 act_BLF = P(BATCH, None, "tensor")
 act_BLNK = P(BATCH, None, "tensor", None)
 act_BLV = P(BATCH, None, "tensor")
+act_BSV = P(BATCH, None, None)
 act_BHWC = P(BATCH, None, None, None)
 act_BNRLK = P(BATCH, "tensor", None, None, None)
 

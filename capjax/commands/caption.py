@@ -65,6 +65,7 @@ def run(args: argparse.Namespace) -> None:
     runtime.start(args)
     from capjax.decoding.inputs import example_reader, read_ahead
     from capjax.decoding.load import load
+    from capjax.decoding.options import DecodingOptions
     from capjax.training.progress import Progress
 
     mesh = _local_mesh(args.batch_size)
@@ -75,9 +76,8 @@ def run(args: argparse.Namespace) -> None:
     read = example_reader(source, captioner.pixels)
     records = captioner.stream(
         read_ahead(read, range(count), ahead=2 * args.batch_size),
-        temperature=args.temperature,
+        DecodingOptions(temperature=args.temperature, max_length=args.max_length),
         seed=args.seed,
-        max_length=args.max_length,
         batch_size=args.batch_size,
     )
     num_bad, first_bad = 0, ""

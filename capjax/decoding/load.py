@@ -5,7 +5,7 @@ import functools
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,17 @@ from capjax.checkpoint import find_steps, load_params, step_directory
 from capjax.data.captions import clean_text
 from capjax.data.decode import ImageError
 from capjax.data.images import ImagePreprocessing
-from capjax.data.tokenizer import Tokenizer
-from capjax.decoding.generate import Generated, check_options, generate
+from capjax.data.tokenizer import PAD_ID, Tokenizer
+from capjax.decoding import processors
+from capjax.decoding.generate import (
+    FINISH_REASONS,
+    Generated,
+    LanguageGuidance,
+    check_options,
+    generate,
+)
 from capjax.decoding.inputs import ImageLike, compiled_size, pad_rows, read_ahead, to_pixels
+from capjax.decoding.options import GREEDY, DecodingOptions
 from capjax.decoding.score import score
 from capjax.dims import Array, Params
 from capjax.errors import UserError
@@ -31,6 +39,23 @@ from capjax.models.two_towers import TwoTowers
 MAX_SEED = 2**32 - 1
 
 Record = dict[str, Any]
+
+
+class _Batches(NamedTuple):
+    """What is the same for all batches of a stream."""
+
+    options: DecodingOptions
+    length: int
+    seed: int
+    batch_size: int
+    prefix: str | None
+    contrast: np.ndarray | None
+
+
+def _options(options: DecodingOptions | None, fields: dict[str, Any]) -> DecodingOptions:
+    if options is None:
+        return DecodingOptions(**fields)
+    return dataclasses.replace(options, **fields)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,17 +114,18 @@ class LoadedModel:
     def caption(
         self,
         images: Sequence[ImageLike],
-        temperature: float = 0.0,
+        options: DecodingOptions | None = None,
+        *,
         seed: int = 0,
-        max_length: int | None = None,
         batch_size: int = 32,
+        **fields: Any,
     ) -> list[str]:
         """One caption an image. Raises `UserError` naming the first image that cannot be read.
 
-        Temperature 0 is greedy; above it, a draw depends on the seed and on the image's place in
-        `images`, not on the batch. `max_length` counts tokens, the end of the caption included.
+        `fields` are those of `DecodingOptions`, where `options` are not given whole, and what
+        `stream` takes beside them. For several captions an image see `caption_records`.
         """
-        records = self.caption_records(images, temperature, seed, max_length, batch_size)
+        records = self.caption_records(images, options, seed=seed, batch_size=batch_size, **fields)
         for record in records:
             if "error" in record:
                 raise UserError(f"images[{record['key']}] cannot be read: {record['error']}")
@@ -108,68 +134,113 @@ class LoadedModel:
     def caption_records(
         self,
         images: Sequence[ImageLike],
-        temperature: float = 0.0,
+        options: DecodingOptions | None = None,
+        *,
         seed: int = 0,
-        max_length: int | None = None,
         batch_size: int = 32,
+        prefix: str | Sequence[str] | None = None,
+        contrast: ImageLike | None = None,
+        language: LanguageGuidance | None = None,
+        **fields: Any,
     ) -> list[Record]:
-        """As `caption`, with all that `stream` says of each image; the keys are "0", "1", ..."""
+        """As `caption`, with all that `stream` says of each image; the keys are "0", "1", ...
+
+        `prefix` may be a list, one text an image.
+        """
+        if prefix is not None and not isinstance(prefix, str) and len(prefix) != len(images):
+            raise UserError(f"{len(prefix)} prefixes for {len(images)} images: give one each")
 
         def read(index: int) -> tuple[Record, np.ndarray | ImageError]:
-            return {"key": str(index)}, self.pixels(images[index])
+            about = {"key": str(index)}
+            if prefix is not None and not isinstance(prefix, str):
+                about["prefix"] = prefix[index]
+            return about, self.pixels(images[index])
 
         return list(
             self.stream(
                 read_ahead(read, range(len(images)), ahead=2 * batch_size),
-                temperature=temperature,
+                _options(options, fields),
                 seed=seed,
-                max_length=max_length,
                 batch_size=batch_size,
+                prefix=prefix if prefix is None or isinstance(prefix, str) else "",
+                contrast=contrast,
+                language=language,
             )
         )
 
     def stream(
         self,
         rows: Iterable[tuple[Record, np.ndarray | ImageError]],
+        options: DecodingOptions = GREEDY,
         *,
-        temperature: float = 0.0,
         seed: int = 0,
-        max_length: int | None = None,
         batch_size: int = 32,
+        prefix: str | None = None,
+        contrast: ImageLike | None = None,
+        language: LanguageGuidance | None = None,
     ) -> Iterator[Record]:
         """Completes the records of any number of images, in order, as the captions are made.
 
         `rows` are the start of a record (its `key`, and what else belongs there) and what `pixels`
-        gave for the image. Added are `caption`, `logprob` (summed over the tokens, of the tempered
-        distribution), `num_tokens` (the end of the caption included), `guidance_scale` (1) and
-        `seed`; or only `error`, where the image cannot be read. Raises `UserError` for options that
-        are wrong, at once.
+        gave for the image. Added are `caption` (a draw, or the best of the beams), `logprob`
+        (summed over the tokens, of the guided, tempered distribution), `num_tokens` (the end and
+        the prefix included), `finish` ("end", "stop", or "length" where it was cut),
+        `guidance_scale`, `seed`, and with several captions an image `captions`, a list of objects
+        with the first four of these fields. Or only `error`, where the image cannot be read or the
+        prefix does not fit.
+
+        Args:
+          prefix: what captions begin with (and scores leave out); a record's own field `prefix`
+            goes before it, unless this is None.
+          contrast: an image that guidance leads away from, in place of no image.
+          language: see `LanguageGuidance`; its tokenizer must be the captioner's.
+
+        Raises `UserError` for options that are wrong, at once.
         """
-        max_length = self.model.config.text_length if max_length is None else max_length
-        check_options(self.model, max_length, temperature)
+        model = self.model
+        length = check_options(model, options)
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size}: expected at least 1")
         if not 0 <= seed <= MAX_SEED:
             raise UserError(f"seed={seed}: expected 0 to {MAX_SEED}")
-        run = functools.partial(
-            generate,
-            self.model,
-            self.params,
-            max_length=max_length,
-            temperature=temperature,
-            key=jax.random.key(seed),
-        )
-        return self._stream(run, rows, batch_size, seed)
+        other = None
+        if contrast is not None:
+            pixels = self.pixels(contrast)
+            if isinstance(pixels, ImageError):
+                raise UserError(f"contrast cannot be read: {pixels}")
+            other = pixels
+        shared: dict[str, Any] = {
+            "key": jax.random.key(seed),
+            "banned_MW": processors.pad_sequences([self._ids(text) for text in options.banned]),
+            "stop_MW": processors.pad_sequences([self._ids(text) for text in options.stop]),
+            "language": language,
+        }
+        run = functools.partial(generate, model, self.params, options=options, **shared)
+        batches = _Batches(options, length, seed, batch_size, prefix, other)
+        return self._stream(run, rows, batches)
 
-    def _stream(self, run: Callable, rows: Iterable, batch_size: int, seed: int):
+    def _stream(self, run: Callable, rows: Iterable, batches: _Batches) -> Iterator[Record]:
         under_way = None  # the batch on the device while the next one is read
-        for chunk, start, size in self._chunks(rows, batch_size):
-            made = self._start_batch(run, [pixels for _, pixels in chunk], start, size)
+        checked = (self._with_prefix(row, batches) for row in rows)
+        for chunk, start, size in self._chunks(checked, batches.batch_size):
+            made = self._start_batch(run, chunk, start, size, batches)
             if under_way is not None:
-                yield from self._records(*under_way, seed)
+                yield from self._records(*under_way, batches)
             under_way = (chunk, made)
         if under_way is not None:
-            yield from self._records(*under_way, seed)
+            yield from self._records(*under_way, batches)
+
+    def _with_prefix(self, row: tuple[Record, Any], batches: _Batches) -> tuple:
+        """(record, pixels or error, ids of the prefix)."""
+        about, pixels = row
+        if batches.prefix is None:
+            return about, pixels, []
+        text = about.get("prefix", batches.prefix)
+        ids = self._ids(text) if text else []
+        if len(ids) >= batches.length:
+            reason = f"{len(ids)} tokens leave no room in max_length={batches.length}"
+            return about, ImageError("prefix too long", reason), []
+        return about, pixels, ids
 
     def score(
         self, images: Sequence[ImageLike], captions: Sequence[str], batch_size: int = 32
@@ -234,34 +305,60 @@ class LoadedModel:
         except ImageError as error:
             return error
 
-    def _start_batch(self, run, pixels: list, start: int, size: int) -> Generated | None:
+    def _start_batch(
+        self, run: Callable, chunk: list, start: int, size: int, batches: _Batches
+    ) -> Generated | None:
         """Sends a batch to the device; None where no image of it could be read."""
+        pixels = [image for _, image, _ in chunk]
         mask = np.array([isinstance(image, np.ndarray) for image in pixels])
         if not mask.any():
             return None
         blank = np.zeros_like(pixels[int(mask.argmax())])
         images = np.stack([image if ok else blank for image, ok in zip(pixels, mask, strict=True)])
         index = np.arange(start, start + len(pixels), dtype=np.int32)
-        return self._on_device(
-            lambda batch: run(batch["image"], index_B=batch["index"], mask_B=batch["mask"]),
-            {"image": images, "index": index, "mask": mask},
-            size,
-        )
+        rows = {"inputs": images, "index_B": index, "mask_B": mask}
+        if batches.prefix is not None:
+            rows["forced_BL"] = np.full((len(chunk), batches.length), PAD_ID, np.int32)
+            for row, (_, _, ids) in zip(rows["forced_BL"], chunk, strict=True):
+                row[: len(ids)] = ids
+        if batches.contrast is not None:
+            rows["contrast"] = np.broadcast_to(batches.contrast, images.shape)
+        return self._on_device(lambda batch: run(**batch), rows, size)
 
-    def _records(self, chunk: list, made: Generated | None, seed: int) -> Iterator[Record]:
+    def _records(self, chunk: list, made: Generated | None, batches: _Batches) -> Iterator[Record]:
         made = jax.device_get(made)
-        for row, (about, pixels) in enumerate(chunk):
+        for row, (about, pixels, _) in enumerate(chunk):
             if isinstance(pixels, ImageError):
                 yield {**about, "error": str(pixels)}
             elif made is not None:
+                captions = self._captions(made, row)
+                options = batches.options
                 yield {
                     **about,
-                    "caption": self.tokenizer.decode(made.tokens_BL[row].tolist()),
-                    "logprob": float(made.logprobs_BL[row].sum()),
-                    "num_tokens": int(made.num_tokens_B[row]),
-                    "guidance_scale": 1.0,
-                    "seed": seed,
+                    **captions[0],
+                    "guidance_scale": options.guidance_scale,
+                    "seed": batches.seed,
+                    **({"captions": captions} if options.num_captions > 1 else {}),
                 }
+
+    def _captions(self, made: Generated, row: int) -> list[Record]:
+        """What was written of one image; beams that found nothing are left out."""
+        return [
+            {
+                "caption": self.tokenizer.decode(made.tokens_BSL[row, s].tolist()),
+                "logprob": float(made.logprobs_BSL[row, s].sum()),
+                "num_tokens": int(made.num_tokens_BS[row, s]),
+                "finish": FINISH_REASONS[made.finish_BS[row, s]],
+            }
+            for s in range(made.finish_BS.shape[1])
+            if FINISH_REASONS[made.finish_BS[row, s]] != "absent"
+        ]
+
+    def _ids(self, text: str) -> list[int]:
+        """The ids of a text without its end."""
+        cleaned = clean_text(text, self.config.get("captions", {}).get("lower", False))
+        length = self.tokenizer.count(cleaned)
+        return self.tokenizer.encode(cleaned, length)[: length - 1].tolist()
 
     def _map_images(
         self,

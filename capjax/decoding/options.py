@@ -9,7 +9,7 @@ from capjax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodingOptions:
-    """What to ask of `generate`; the names and meanings are those of Hugging Face where it has them.
+    """What to ask of `generate`, by Hugging Face's names and in its meanings where it has them.
 
     The method follows from the fields: beam search where `num_beams` > 1, contrastive search where
     `penalty_alpha` > 0, sampling where `temperature` > 0, else greedy.
@@ -28,8 +28,9 @@ class DecodingOptions:
       diversity_penalty: off a token's log-probability, once for each earlier group that took it at
         this position.
       length_penalty: finished beams are ranked by log-probability / length ** length_penalty.
-      early_stopping: a beam search stops when it has num_beams finished captions, not only when no
-        beam under way can beat them.
+      early_stopping: True: a beam search stops when it has num_beams finished captions; False: when
+        the best beam under way, were it to end now, is not better than the worst of them; "never":
+        when none can become better.
       penalty_alpha: contrastive search (Su et al. 2022): weight of the likeness to earlier states.
       repetition_penalty: multiplies the log-probability of tokens that the caption has already.
       no_repeat_ngram_size: no n-gram of this many tokens twice; 0: no such rule.
@@ -51,7 +52,7 @@ class DecodingOptions:
     num_beam_groups: int = 1
     diversity_penalty: float = 0.0
     length_penalty: float = 1.0
-    early_stopping: bool = False
+    early_stopping: bool | str = False
     penalty_alpha: float = 0.0
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
@@ -84,7 +85,7 @@ class DecodingOptions:
     def guidance_scales(self) -> tuple[float, ...]:
         """The schedule over positions."""
         scale = self.guidance_scale
-        return scale if isinstance(scale, tuple) else (float(scale),)
+        return tuple(scale) if isinstance(scale, Sequence) else (float(scale),)
 
     @property
     def is_guided(self) -> bool:
@@ -112,6 +113,11 @@ class DecodingOptions:
                 f"a divisor of num_beams={self.num_beams}",
             ),
             ("diversity_penalty", 0 <= self.diversity_penalty < math.inf, "at least 0"),
+            (
+                "early_stopping",
+                self.early_stopping in (True, False, "never"),
+                'True, False or "never"',
+            ),
             ("length_penalty", math.isfinite(self.length_penalty), "a finite number"),
             ("penalty_alpha", 0 <= self.penalty_alpha <= 1, "0 to 1"),
             (
@@ -169,3 +175,6 @@ class DecodingOptions:
                 f"diversity_penalty={self.diversity_penalty} with num_beam_groups="
                 f"{self.num_beam_groups}: they are set together, above 0 and above 1"
             )
+
+
+GREEDY = DecodingOptions()

@@ -69,13 +69,12 @@ def caption_split(
                 model,
                 params,
                 placed["image"],
-                max_length=model.config.text_length,
                 index_B=placed["index"],
                 mask_B=placed["mask"],
             )
+        first = (made.tokens_BSL[:, 0], made.logprobs_BSL[:, 0], made.num_tokens_BS[:, 0])
         gathered = multihost_utils.process_allgather(
-            (made.tokens_BL, made.logprobs_BL, made.num_tokens_B, placed["index"], placed["mask"]),
-            tiled=True,
+            (*first, placed["index"], placed["mask"]), tiled=True
         )
         for tokens, logprobs, num_tokens, index, is_row in zip(*gathered, strict=True):
             if is_row:

@@ -6,7 +6,7 @@ other rows (of which beams descend): `ancestors_BSL` says in which, so that no c
 Letters beyond `capjax.dims`: R all rows of an image, S those of a group, Q what attends together.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,8 @@ from jax.typing import DTypeLike
 from capjax.dims import Array, Float, Int
 from capjax.mesh import BATCH, act_BNRLK, gathered, out_sharding, reshard
 from capjax.models.attention import MASKED, SelfAttention
+
+Module = TypeVar("Module", bound=nnx.Module)
 
 
 class LayerCache(NamedTuple):
@@ -107,13 +109,13 @@ def _attend(
     )
 
 
-def ready(module: nnx.Module, dtype: DTypeLike) -> nnx.Module:
+def ready(module: Module, dtype: DTypeLike) -> Module:
     """The module with its matrices in the compute type and gathered, once for all positions.
 
     Vectors keep their type: layers compute with those of their norms in float32.
     """
 
-    def prepare(param: nnx.Param) -> nnx.Param:
+    def prepare(param: nnx.Param) -> nnx.Variable:
         value, spec = param[...], param.get_metadata("spec")
         if value.ndim < 2:
             return param

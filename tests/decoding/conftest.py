@@ -1,6 +1,7 @@
 """A tiny captioner with weights that make captions of many lengths, for the decoding tests."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,9 @@ import pytest
 from capjax.checkpoint import Checkpointer, RunInfo
 from capjax.data.images import ImagePreprocessing
 from capjax.data.tokenizer import EOS_ID, Tokenizer
-from capjax.decoding.generate import generate
+from capjax.decoding import generate as generate_module
+from capjax.decoding.generate import Generated
+from capjax.decoding.options import DecodingOptions
 from capjax.models.captioner import Captioner, CaptionerConfig
 
 CONFIG = CaptionerConfig(
@@ -39,6 +42,32 @@ def with_random_head(params, key):
     }
     position = jax.random.normal(position_key, decoder["position_embedding"].shape)
     return {**params, "decoder": {**decoder, "head": head, "position_embedding": position}}
+
+
+class First(NamedTuple):
+    """The first caption of each image."""
+
+    tokens_BL: jax.Array
+    logprobs_BL: jax.Array
+    num_tokens_B: jax.Array
+    finished_B: jax.Array
+
+
+def first(made: Generated) -> First:
+    return First(
+        made.tokens_BSL[:, 0],
+        made.logprobs_BSL[:, 0],
+        made.num_tokens_BS[:, 0],
+        made.finish_BS[:, 0] == 1,
+    )
+
+
+def generate(
+    model, params, inputs, *, max_length, temperature=0.0, min_length=0, **beside
+) -> First:
+    """One caption an image, greedy or drawn."""
+    options = DecodingOptions(max_length=max_length, temperature=temperature, min_length=min_length)
+    return first(generate_module.generate(model, params, inputs, options, **beside))
 
 
 @pytest.fixture(scope="package")

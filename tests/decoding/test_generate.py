@@ -10,10 +10,10 @@ import pytest
 
 from capjax.data.tokenizer import EOS_ID, PAD_ID
 from capjax.decoding import generate as generate_module
-from capjax.decoding.generate import Generated, generate
 from capjax.errors import UserError
 from capjax.mesh import MeshShape, make_mesh, place_batch, place_tree
 from capjax.models.captioner import Captioner
+from tests.decoding.conftest import First, generate
 
 LENGTH = 12
 
@@ -32,7 +32,7 @@ def until_end(tokens_BL) -> np.ndarray:
     return (ended - (np.asarray(tokens_BL) == EOS_ID)) == 0
 
 
-def assert_same(a: Generated, b: Generated, rows=slice(None)):
+def assert_same(a: First, b: First, rows=slice(None)):
     np.testing.assert_array_equal(a.tokens_BL[rows], b.tokens_BL)
     np.testing.assert_allclose(a.logprobs_BL[rows], b.logprobs_BL, atol=2e-5)
     np.testing.assert_array_equal(a.num_tokens_B[rows], b.num_tokens_B)
@@ -146,9 +146,14 @@ class Counting(Captioner):
 
     report: Callable = staticmethod(lambda index: None)
 
-    def decode_step(self, params, tokens_B, index, cache):
-        jax.debug.callback(type(self).report, index)
-        return super().decode_step(params, tokens_B, index, cache)
+    def start_decoding(self, *args, **sizes):
+        step, cache = super().start_decoding(*args, **sizes)
+
+        def counted(tokens_BS, index, *rest):
+            jax.debug.callback(type(self).report, index)
+            return step(tokens_BS, index, *rest)
+
+        return counted, cache
 
 
 def test_the_loop_stops_at_the_last_end(model, params, images, greedy):
@@ -206,7 +211,7 @@ def test_temperatures_and_keys_share_an_executable(model, params, images):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_length": 0}, "max_length=0: expected 1 to 12"),
+        ({"max_length": 0}, "max_length=0: expected at least 1"),
         ({"max_length": 13}, "max_length=13: expected 1 to 12"),
         ({"max_length": 4, "temperature": -0.1}, "temperature=-0.1"),
         ({"max_length": 4, "temperature": float("nan")}, "temperature=nan"),

@@ -11,10 +11,10 @@ from PIL import Image
 import capjax
 from capjax.checkpoint import load_params
 from capjax.decoding import generate as generate_module
-from capjax.decoding.generate import generate
 from capjax.decoding.load import load
 from capjax.errors import UserError
 from capjax.mesh import MeshShape, make_mesh
+from tests.decoding.conftest import generate
 
 LENGTH = 12
 
@@ -69,7 +69,8 @@ def test_captions_are_those_of_generate(captioner, pictures, pixels):
     records = captioner.caption_records(pictures, batch_size=4)
     for row, record in enumerate(records):
         assert list(record) == [
-            *("key", "caption", "logprob", "num_tokens", "guidance_scale", "seed")
+            *("key", "caption", "logprob", "num_tokens", "finish"),
+            *("guidance_scale", "seed"),
         ]
         assert record["key"] == str(row)
         assert record["caption"] == expected[row]

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from capjax.decoding.generate import generate
 from capjax.decoding.score import score
 from capjax.errors import UserError
 from capjax.mesh import MeshShape, act_BLV, make_mesh, place_batch, place_tree, reshard
 from capjax.models.coca import CoCa, CoCaConfig
+from tests.decoding.conftest import generate
 
 CONFIG = CoCaConfig(
     image_size=8,
