@@ -182,7 +182,7 @@ def test_other_sizes_are_refused(model, params):
         changed(end_ids=(0, 1, 21))
     with pytest.raises(UserError, match=r"end_ids=\(2, 7\): expected 0 and 1 among them"):
         changed(end_ids=(2, 7))
-    with pytest.raises(UserError, match="201 tokens with the prompt, but .* at most 200"):
+    with pytest.raises(UserError, match=r"201 tokens with the prompt, but .* at most 200"):
         model.read_prompt(params, np.zeros(201, np.int32))
     with pytest.raises(UserError, match="201 tokens"):
         model.start_decoding(params, batch=1, length=201)
