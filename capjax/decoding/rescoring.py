@@ -50,7 +50,9 @@ class LoadedLanguageModel:
         if isinstance(captions, str):
             raise UserError(f"prompt={captions!r}: expected a list of captions")
         text = "".join(f"{caption}{_SEPARATOR}" for caption in captions)
-        tokens_P = np.array([self.model.config.start_id, *self._ids(text)], np.int32)
+        # Two newlines are other tokens at the end of a text than before a word.
+        ids = self._ids(f"{text}a")[:-1]
+        tokens_P = np.array([self.model.config.start_id, *ids], np.int32)
         params = self.model.read_prompt(self.params, tokens_P)
         return dataclasses.replace(self, params=params)
 

@@ -186,6 +186,17 @@ def test_its_ids_are_a_captioners(gguf, tmp_path):
         ours.guidance(other)
 
 
+def test_a_prompt_is_cut_into_tokens_as_if_a_text_followed(gguf, tmp_path):
+    """Before a word two newlines are two tokens, at the end of a text one."""
+    write(gguf, tmp_path / "tiny.gguf")
+    ours = read_language_model(tmp_path / "tiny.gguf")
+    assert ours.tokenizer.pieces("cat\n\n") == ["cat", "ĊĊ"]
+    prompt = ours.prompted(["cat"]).params["prompt"]
+    assert ours.tokenizer.pieces("cat\n\na") == ["cat", "Ċ", "Ċ", "a"]
+    assert int(prompt.length) + 1 == len(["<|endoftext|>", "cat", "Ċ", "Ċ"])
+    assert vocabulary()[prompt.last] == "Ċ"
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
