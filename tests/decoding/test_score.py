@@ -158,7 +158,7 @@ def test_probabilities_of_all_first_tokens_sum_to_one(model, params, images):
 
 
 def test_alpha_trades_the_likelihood_for_the_prior():
-    """The vectors of VisualGPTScore with numbers of our own, worked out by hand."""
+    """Without it the first of two captions is the better one, with half or all of it the second."""
     logprobs, priors = np.array([[-10.0], [-12.0]]), np.array([[-8.0], [-14.0]])
     np.testing.assert_array_equal(total(logprobs), [-10, -12])
     np.testing.assert_array_equal(total(logprobs, priors, 1.0), [-2, 2])
