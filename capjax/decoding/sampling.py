@@ -69,10 +69,33 @@ def greedy(scores_BSV: Float[Array, "B S V"]) -> Int[Array, "B S"]:
 
 
 def draw(scores_BSV: Float[Array, "B S V"], key_BS: Key[Array, "B S"]) -> Int[Array, "B S"]:
-    """One draw from each row's softmax(scores) with that row's own key (by the Gumbel maximum)."""
-    size = scores_BSV.shape[-1]
-    noise_BSV = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, (size,))))(key_BS)
-    return greedy(scores_BSV + noise_BSV)
+    """One draw from each row's softmax(scores) with that row's own key.
+
+    By the inverse of the cumulative probability, first of blocks of tokens, then of the tokens of
+    one: a single random number a row, where the Gumbel maximum takes one a token.
+    """
+    *rows, size = scores_BSV.shape
+    width = BLOCK if size % BLOCK == 0 else size
+    blocks_BSMU = scores_BSV.reshape(*rows, size // width, width)
+    highest_BS11 = jnp.max(blocks_BSMU, axis=(-2, -1), keepdims=True)
+    mass_BSMU = jnp.exp(blocks_BSMU - highest_BS11)
+    until_BSM = jnp.cumsum(jnp.sum(mass_BSMU, axis=-1), axis=-1)
+    # In [0, 1 - 2 ** -23], so that the product is less than the sum of all.
+    uniform_BS = jax.vmap(jax.vmap(jax.random.uniform))(key_BS)
+    sought_BS1 = uniform_BS[..., None] * until_BSM[..., -1:]
+    block_BS1 = jnp.argmax(until_BSM > sought_BS1, axis=-1, keepdims=True)
+    before_BSM = jnp.pad(until_BSM, ((0, 0), (0, 0), (1, 0)))[..., :-1]
+    within_BS1 = sought_BS1 - jnp.take_along_axis(before_BSM, block_BS1, axis=-1)
+    mass_BSU = jnp.take_along_axis(mass_BSMU, block_BS1[..., None], axis=-2)[..., 0, :]
+    # Rounding may leave nothing beyond what is sought, or seek less than 0: then what has no mass
+    # must not be taken all the same.
+    is_beyond_BSU = jnp.cumsum(mass_BSU, axis=-1) > jnp.maximum(within_BS1, 0.0)
+    token_BS = jnp.where(
+        jnp.any(is_beyond_BSU, axis=-1),
+        jnp.argmax(is_beyond_BSU, axis=-1),
+        jnp.argmax(mass_BSU, axis=-1),
+    )
+    return (block_BS1[..., 0] * width + token_BS).astype(jnp.int32)
 
 
 def pick(logprobs_BSV: Float[Array, "B S V"], token_BS: Int[Array, "B S"]) -> Float[Array, "B S"]:

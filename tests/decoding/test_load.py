@@ -151,8 +151,8 @@ def test_uneven_batches_compile_once(captioner, pictures):
 def test_a_mesh_gives_the_same(run_directory, captioner, pictures):
     spread = load(run_directory, mesh=make_mesh(MeshShape(data=4, fsdp=2)))
     for temperature in (0.0, 1.0):
-        expected = captioner.caption(pictures, temperature)
-        assert spread.caption(pictures, temperature) == expected
+        expected = captioner.caption(pictures, temperature=temperature)
+        assert spread.caption(pictures, temperature=temperature) == expected
     captions = ["a red cat"] * len(pictures)
     np.testing.assert_allclose(
         spread.score(pictures, captions), captioner.score(pictures, captions), atol=1e-4

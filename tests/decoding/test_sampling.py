@@ -72,6 +72,30 @@ def test_frequencies_match_the_softmax():
         np.testing.assert_array_equal(picked, np.asarray(logprobs)[0, 0, np.asarray(tokens)])
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.one_of(st.just(-np.inf), st.floats(-60, 5, width=32)), min_size=384, max_size=384),
+    st.integers(0, 2**31),
+)
+def test_only_what_is_possible_is_drawn(scores, seed):
+    scores[200] = 0.0
+    rows = jnp.tile(jnp.asarray(scores, jnp.float32), (1, 64, 1))
+    keys = sampling.row_keys(jax.random.key(seed), jnp.arange(1), 64)
+    tokens = np.asarray(sampling.draw(rows, keys))
+    assert np.all(np.asarray(scores)[tokens] > -np.inf)
+
+
+def test_frequencies_over_many_blocks():
+    """Chi-square with 511 degrees of freedom; 614 is the 0.1 % point, and the seed is fixed."""
+    num = 200_000
+    scores = np.random.default_rng(0).normal(size=512).astype(np.float32)
+    keys = sampling.row_keys(jax.random.key(3), jnp.arange(num // 1000), 1000)
+    rows = jnp.broadcast_to(jnp.asarray(scores), (num // 1000, 1000, 512))
+    counts = np.bincount(np.asarray(jax.jit(sampling.draw)(rows, keys)).ravel(), minlength=512)
+    expected = num * np.exp(scores) / np.exp(scores).sum()
+    assert ((counts - expected) ** 2 / expected).sum() < 614
+
+
 def test_draws_follow_the_index_the_row_and_the_step():
     logprobs = jnp.log(jnp.full((5, 2, 16), 1 / 16))
     keys = sampling.row_keys(jax.random.key(0), jnp.array([3, 1, 4, 1, 5]), 2)
