@@ -1,13 +1,10 @@
-"""`capjax caption`: captions of a folder, an image or a dataset split, as JSON lines."""
+"""`capjax caption`: captions of images, or of a whole corpus, as JSON lines or Parquet."""
 
 import argparse
-import itertools
-import json
-import os
-import time
 from pathlib import Path
 
-from capjax.errors import UserError
+from capjax.commands import caption_checks as checks
+from capjax.commands import decoding_flags
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,108 +15,82 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="a run's workdir (its newest checkpoint), or one checkpoint directory",
     )
+    parser.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the newest)")
     parser.add_argument(
         "--input",
         required=True,
         metavar="PATH|SOURCE",
-        help="a directory of images, an image, ArrayRecord shards, or a split such as emoji:style",
+        help="a directory of images, an image, a list of paths (FILE.txt), a split such as "
+        "emoji:style, or any other source, say 'webdataset:shards/{000..099}.tar'",
     )
     parser.add_argument(
         "--output",
         required=True,
-        metavar="FILE.jsonl",
-        help="one line an image, in the order of the input: key, caption, logprob, num_tokens, "
-        "guidance_scale, seed, and references where the source has captions; or key and error for "
-        "an image that cannot be read. Grows as FILE.jsonl.partial and is renamed when complete",
+        metavar="FILE.jsonl|DIR",
+        help="one record an image, in the order of the input: key, caption, logprob, num_tokens, "
+        "finish, guidance_scale, seed, and references where the source has captions; or key and "
+        "error for an image that cannot be read. A file is there when it is complete. A directory "
+        "gets shards and manifest.json; the same command again goes on where it was stopped",
     )
+    work = parser.add_argument_group("work")
+    work.add_argument(
+        "--batch_size",
+        type=int,
+        default=32,
+        metavar="N",
+        help="images that a device captions at once (default 32)",
+    )
+    work.add_argument("--limit", type=int, metavar="N", help="only the first N images")
+    work.add_argument(
+        "--shard_size", type=int, default=10000, metavar="N", help="images a shard (default 10000)"
+    )
+    work.add_argument(
+        "--format", choices=("jsonl", "parquet"), default="jsonl", help="of shards (default jsonl)"
+    )
+    work.add_argument(
+        "--dedupe",
+        action="store_true",
+        help="caption images of the same pixels once a shard; the others get duplicate_of",
+    )
+    work.add_argument(
+        "--price_per_hour", type=float, metavar="X", help="of this machine: shows what all costs"
+    )
+    filters = parser.add_argument_group(
+        "filters (records beyond one are kept, with its name in the field filtered)"
+    )
+    filters.add_argument(
+        "--min_logprob", type=float, metavar="X", help="the least mean log-probability a token"
+    )
+    filters.add_argument("--min_tokens", type=int, metavar="N", help="the fewest tokens")
+    filters.add_argument("--max_tokens", type=int, metavar="N", help="the most tokens")
     decode = parser.add_argument_group("decoding")
-    decode.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the newest)")
-    decode.add_argument("--batch_size", type=int, default=32, metavar="N", help="default 32")
-    decode.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 (default): greedy"
-    )
-    decode.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the draws at T > 0 (default 0)"
-    )
-    decode.add_argument(
-        "--max_length", type=int, metavar="N", help="tokens of a caption (default: the model's)"
-    )
-    decode.add_argument("--limit", type=int, metavar="N", help="only the first N images")
+    decode.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default 0)")
+    decode.add_argument("--prefix", metavar="TEXT", help="what every caption begins with")
+    decoding_flags.add_arguments(decode)
 
 
 def run(args: argparse.Namespace) -> None:
     """Writes the captions. Raises `UserError` for input that is wrong, before any compilation."""
-    output = _checked_output(args.output)
-    for name, least in {"batch_size": 1, "limit": 1, "max_length": 1, "seed": 0}.items():
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name}={value}: expected at least {least}")
-    if not 0 <= args.temperature < float("inf"):
-        raise UserError(f"--temperature={args.temperature}: expected 0 (greedy) or more")
+    output = Path(args.output).expanduser()
+    is_file = output.suffix == ".jsonl"
+    checks.check_numbers(args)
+    share = checks.take_share(args)
+    checks.check_output(args, output, share, is_file)
+    options = decoding_flags.from_arguments(args)
     from capjax.data.sources import open_source  # not at the top: --help stays fast
+    from capjax.decoding.corpus import Filters
 
+    filters = Filters(
+        min_logprob=args.min_logprob, min_tokens=args.min_tokens, max_tokens=args.max_tokens
+    )
     source = open_source(args.input)
 
     from capjax.commands import runtime
 
     runtime.start(args)
-    from capjax.decoding.inputs import example_reader, read_ahead
-    from capjax.decoding.load import load
-    from capjax.decoding.options import DecodingOptions
-    from capjax.training.progress import Progress
+    from capjax.commands import caption_job
 
-    mesh = _local_mesh(args.batch_size)
-    captioner = load(args.checkpoint, args.step, mesh)
-    count = min(len(source), args.limit or len(source))
-    if not count:
-        raise UserError(f"--input={args.input} has no examples; name a source that has some")
-    read = example_reader(source, captioner.pixels)
-    records = captioner.stream(
-        read_ahead(read, range(count), ahead=2 * args.batch_size),
-        DecodingOptions(temperature=args.temperature, max_length=args.max_length),
-        seed=args.seed,
-        batch_size=args.batch_size,
-    )
-    num_bad, first_bad = 0, ""
-    partial = output.with_name(output.name + ".partial")
-    with Progress() as progress, partial.open("w", encoding="utf-8") as file:
-        with progress.doing("compiling, first batch"):
-            first = next(records)
-        begin = time.monotonic()
-        for done, record in enumerate(itertools.chain([first], records), 1):
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            if "error" in record:
-                num_bad += 1
-                first_bad = first_bad or f"{record['key']}: {record['error']}"
-            if done > args.batch_size and done % args.batch_size == 0:  # they come in batches
-                rate = (done - args.batch_size) / (time.monotonic() - begin)
-                progress.show(f"{done}/{count} images  {rate:.4g} captions/s")
-    partial.replace(output)
-    if num_bad == count:
-        raise UserError(f"none of the {count} images in {args.input} can be read ({first_bad})")
-    bad = f"; {num_bad} cannot be read (first: {first_bad})" if num_bad else ""
-    print(f"{count - num_bad} captions in {output}{bad}")
-
-
-def _checked_output(name: str) -> Path:
-    output = Path(name).expanduser()
-    if output.is_dir():
-        raise UserError(f"--output={name} is a directory; name a file in it, say captions.jsonl")
-    if not output.parent.is_dir():
-        raise UserError(f"--output={name}: there is no directory {output.parent}; make it first")
-    if not os.access(output.parent, os.W_OK):
-        raise UserError(f"--output={name}: {output.parent} cannot be written; name another place")
-    return output
-
-
-def _local_mesh(batch_size: int):
-    """This process's devices, sharing each batch; None where there is one."""
-    import jax
-
-    from capjax.mesh import MeshShape, check_batch_size, make_mesh
-
-    if jax.local_device_count() == 1:
-        return None
-    mesh = make_mesh(MeshShape(), devices=jax.local_devices())
-    check_batch_size(batch_size, mesh, "--batch_size")
-    return mesh
+    if is_file:
+        caption_job.to_file(args, source, options, filters, output)
+    else:
+        caption_job.to_directory(args, source, options, filters, output, share)

@@ -46,6 +46,7 @@ LAYOUTS: dict[str, Layout] = {
         ("image", "caption", "images", "key"),
         (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz"),
     ),
+    "list": Layout("capjax.data.readers.tables:open_list", ("images",), (".txt",)),
     "parquet": Layout(
         "capjax.data.readers.parquet:open_parquet",
         ("image", "caption", "key", "images", "cache_megabytes"),

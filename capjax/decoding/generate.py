@@ -117,7 +117,7 @@ def generate(
     mask_B: Bool[Array, "B"] | None = None,
     forced_BL: Int[Array, "B L"] | None = None,
     banned_MW: Int[Array, "M W"] | None = None,
-    stop_MW: Int[Array, "M W"] | None = None,
+    stop_MW: Int[Array, "_ _"] | None = None,
     contrast: Array | None = None,
     language: LanguageGuidance | None = None,
 ) -> Generated:

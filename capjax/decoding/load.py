@@ -50,6 +50,7 @@ class _Batches(NamedTuple):
     batch_size: int
     prefix: str | None
     contrast: np.ndarray | None
+    all_full: bool
 
 
 def _options(options: DecodingOptions | None, fields: dict[str, Any]) -> DecodingOptions:
@@ -178,6 +179,7 @@ class LoadedModel:
         prefix: str | None = None,
         contrast: ImageLike | None = None,
         language: LanguageGuidance | None = None,
+        all_full: bool = False,
     ) -> Iterator[Record]:
         """Completes the records of any number of images, in order, as the captions are made.
 
@@ -187,13 +189,15 @@ class LoadedModel:
         the prefix included), `finish` ("end", "stop", or "length" where it was cut),
         `guidance_scale`, `seed`, and with several captions an image `captions`, a list of objects
         with the first four of these fields. Or only `error`, where the image cannot be read or the
-        prefix does not fit.
+        prefix does not fit. Draws depend on the image's place among the rows, or on the record's
+        own field `index`.
 
         Args:
           prefix: what captions begin with (and scores leave out); a record's own field `prefix`
             goes before it, unless this is None.
           contrast: an image that guidance leads away from, in place of no image.
           language: see `LanguageGuidance`; its tokenizer must be the captioner's.
+          all_full: few rows too are filled up to `batch_size`, so that one program serves all.
 
         Raises `UserError` for options that are wrong, at once.
         """
@@ -211,18 +215,18 @@ class LoadedModel:
             other = pixels
         shared: dict[str, Any] = {
             "key": jax.random.key(seed),
-            "banned_MW": processors.pad_sequences([self._ids(text) for text in options.banned]),
-            "stop_MW": processors.pad_sequences([self._ids(text) for text in options.stop]),
+            "banned_MW": self._sequences(options.banned),
+            "stop_MW": self._sequences(options.stop),
             "language": language,
         }
         run = functools.partial(generate, model, self.params, options=options, **shared)
-        batches = _Batches(options, length, seed, batch_size, prefix, other)
+        batches = _Batches(options, length, seed, batch_size, prefix, other, all_full)
         return self._stream(run, rows, batches)
 
     def _stream(self, run: Callable, rows: Iterable, batches: _Batches) -> Iterator[Record]:
         under_way = None  # the batch on the device while the next one is read
         checked = (self._with_prefix(row, batches) for row in rows)
-        for chunk, start, size in self._chunks(checked, batches.batch_size):
+        for chunk, start, size in self._chunks(checked, batches.batch_size, batches.all_full):
             made = self._start_batch(run, chunk, start, size, batches)
             if under_way is not None:
                 yield from self._records(*under_way, batches)
@@ -315,7 +319,8 @@ class LoadedModel:
             return None
         blank = np.zeros_like(pixels[int(mask.argmax())])
         images = np.stack([image if ok else blank for image, ok in zip(pixels, mask, strict=True)])
-        index = np.arange(start, start + len(pixels), dtype=np.int32)
+        places = [about.get("index", row) for row, (about, _, _) in enumerate(chunk, start)]
+        index = np.array(places, np.int32)
         rows = {"inputs": images, "index_B": index, "mask_B": mask}
         if batches.prefix is not None:
             rows["forced_BL"] = np.full((len(chunk), batches.length), PAD_ID, np.int32)
@@ -354,6 +359,11 @@ class LoadedModel:
             if FINISH_REASONS[made.finish_BS[row, s]] != "absent"
         ]
 
+    def _sequences(self, texts: Sequence[str]) -> Array | None:
+        """int32 [M, W]: the ids of texts as `generate` takes them; None of none."""
+        padded = processors.pad_sequences([self._ids(text) for text in texts])
+        return None if padded is None else jnp.asarray(padded)
+
     def _ids(self, text: str) -> list[int]:
         """The ids of a text without its end."""
         cleaned = clean_text(text, self.config.get("captions", {}).get("lower", False))
@@ -381,12 +391,15 @@ class LoadedModel:
             outputs.append(jax.device_get(made)[: len(chunk)])
         return np.concatenate(outputs)
 
-    def _chunks(self, rows: Iterable, batch_size: int) -> Iterator[tuple[list, int, int]]:
+    def _chunks(
+        self, rows: Iterable, batch_size: int, all_full: bool = False
+    ) -> Iterator[tuple[list, int, int]]:
         """(rows, index of the first, rows to pad to): all padded alike, as the first needs it."""
         shards = num_batch_shards(self.mesh) if self.mesh is not None else 1
         rows, start, size = iter(rows), 0, 0
         while chunk := list(itertools.islice(rows, batch_size)):
-            size = size or compiled_size(len(chunk), batch_size, shards)
+            wanted = batch_size if all_full else len(chunk)
+            size = size or compiled_size(wanted, batch_size, shards)
             yield chunk, start, size
             start += len(chunk)
 

@@ -1,4 +1,4 @@
-"""Tables of image paths and captions: CSV, TSV, and JSON, an object a line or a list of them."""
+"""Tables of image paths and captions: CSV, TSV, JSON (an object a line, or a list), bare paths."""
 
 import csv
 import io
@@ -101,6 +101,27 @@ def open_jsonl(
                     yield Damaged(f"{where[0]} {where[1]}: {reason}")
 
         return _table("jsonl", path, rows(), images)
+
+
+def open_list(path: str, *, images: str | None = None) -> IndexedFiles:
+    """A text file of image paths, one a line, which are the keys; blank lines are skipped.
+
+    `images`: as in `open_csv`. A line that is not UTF-8 is damaged. Raises `UserError` as
+    `indexed_files` does.
+    """
+
+    def rows() -> Iterator[Row | Damaged]:
+        with opened(path) as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    name = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                except UnicodeDecodeError as error:
+                    yield Damaged(f"line {number}: not UTF-8: {error}")
+                    continue
+                if name.strip():
+                    yield Row(name, name)
+
+    return _table("list", path, rows(), images)
 
 
 def _table(

@@ -275,3 +275,17 @@ def test_any_bytes_give_records_that_encode_or_a_stated_error(name, noise):
 def test_caption_in_brackets_stays_as_it_is(folder, text):
     path = write(folder, "t.jsonl", json.dumps({"image": "a.jpg", "caption": text}))
     assert open_source(path)[0].captions == (Caption(text, "caption"),)
+
+
+def test_a_list_of_paths(folder):
+    path = write(folder, "paths.txt", "a.jpg\r\n\n" + f"{folder}/b.jpg\nimg/c.png")
+    source = open_source(path)
+    keys = ["a.jpg", f"{folder}/b.jpg", "img/c.png"]
+    assert [example.key for example in examples(source)] == keys
+    assert [example.image for example in examples(source)] == [b"a.jpg", b"b.jpg", b"img/c.png"]
+    assert len(open_source(f"list:{write(folder, 'paths', 'c.png')}?images=img")) == 1
+    damaged = open_source(f"list:{write(folder, 'bad', b'a.jpg' + bytes([10, 255, 10]))}")
+    with pytest.raises(CorruptRecord, match="line 2: not UTF-8"):
+        damaged[1]
+    with pytest.raises(UserError, match="none of the 1 images looked up is there"):
+        open_source(write(folder, "gone.txt", "gone.jpg"))
