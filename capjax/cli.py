@@ -40,6 +40,14 @@ COMMANDS = {
         True,
         ("capjax caption --checkpoint=runs/quickstart --input=photos --output=captions.jsonl",),
     ),
+    "serve": Command(
+        "Serve a checkpoint over HTTP: POST an image, get captions; and a page to try it on.",
+        True,
+        (
+            "capjax serve --checkpoint=runs/quickstart",
+            "capjax serve --checkpoint=runs/quickstart --port=9000 --batch_size=16",
+        ),
+    ),
     "evaluate": Command(
         "Measure a checkpoint: perplexity, exact match, unigram F1.",
         True,
