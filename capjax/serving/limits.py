@@ -28,8 +28,8 @@ class Limits:
 
     max_bytes: int = 8 << 20
     max_pixels: int = 1 << 25
-    requests_per_minute: float = 300.0
-    burst: int = 30
+    requests_per_minute: float = 600.0
+    burst: int = 60
     max_requests: int = 64
     timeout_s: float = 30.0
     max_captions: int = 8

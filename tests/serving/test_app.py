@@ -102,6 +102,17 @@ def test_a_body_is_refused_before_it_is_kept(captioner, pictures):
     assert "more than 10000 bytes" in answers[0].json()["error"]
 
 
+def test_a_body_that_does_not_come_is_408(captioner, pictures):
+    async def slow():
+        yield pictures[0][:10]
+        await asyncio.sleep(100)
+
+    async def conversation(client, batcher):
+        return await client.post("/caption", content=slow())
+
+    assert talk(captioner, conversation, timeout_s=0.2).status_code == 408
+
+
 def test_a_client_that_asks_too_often_is_told_when_to_come_back(captioner, pictures):
     async def conversation(client, batcher):
         return [await client.post("/caption", content=pictures[0]) for _ in range(4)]
