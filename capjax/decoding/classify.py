@@ -7,6 +7,7 @@ of the protocol: Tschannen et al. 2023, "Image Captioners Are Scalable Vision Le
 
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +73,19 @@ def score_tree(
     )
     logprobs_BTL = jnp.where(texts.labels_TL[None] == PAD_ID, 0.0, found_BM[:, texts.place_TL])
     return logprobs_BTL if inputs is not None else reshard(logprobs_BTL, replicated)[:1]
+
+
+def class_texts(class_names: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """The templates of each class with its name in the place of "{}", a class after another.
+
+    Raises `UserError` for a template without "{}", and where there is no class or template.
+    """
+    for template in templates:
+        if "{}" not in template:
+            raise UserError(f"templates: {template!r} has no {{}} for the name of the class")
+    if not class_names or not templates:
+        raise UserError(f"{len(class_names)} classes, {len(templates)} templates: give some")
+    return [template.replace("{}", name) for name in class_names for template in templates]
 
 
 def class_scores(

@@ -5,7 +5,7 @@ import functools
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +16,14 @@ from capjax.checkpoint import find_steps, load_params, step_directory
 from capjax.data.captions import clean_text
 from capjax.data.decode import ImageError
 from capjax.data.images import ImagePreprocessing
-from capjax.data.tokenizer import PAD_ID, Tokenizer
-from capjax.decoding import processors
-from capjax.decoding.generate import (
-    FINISH_REASONS,
-    Generated,
-    LanguageGuidance,
-    check_options,
-    generate,
-)
+from capjax.data.tokenizer import Tokenizer
+from capjax.decoding.classify import class_scores, class_texts, score_tree
+from capjax.decoding.generate import LanguageGuidance
 from capjax.decoding.inputs import ImageLike, compiled_size, pad_rows, read_ahead, to_pixels
 from capjax.decoding.options import GREEDY, DecodingOptions
-from capjax.decoding.score import score
+from capjax.decoding.score import mean, score_priors, score_tokens, total
+from capjax.decoding.stream import CaptionStream, Record
+from capjax.decoding.token_tree import build_tree
 from capjax.dims import Array, Params
 from capjax.errors import UserError
 from capjax.mesh import num_batch_shards, place_batch, place_tree
@@ -35,28 +31,6 @@ from capjax.models.captioner import Captioner
 from capjax.models.coca import CoCa
 from capjax.models.towers import Towers, towers_from_dict
 from capjax.models.two_towers import TwoTowers
-
-MAX_SEED = 2**32 - 1
-
-Record = dict[str, Any]
-
-
-class _Batches(NamedTuple):
-    """What is the same for all batches of a stream."""
-
-    options: DecodingOptions
-    length: int
-    seed: int
-    batch_size: int
-    prefix: str | None
-    contrast: np.ndarray | None
-    all_full: bool
-
-
-def _options(options: DecodingOptions | None, fields: dict[str, Any]) -> DecodingOptions:
-    if options is None:
-        return DecodingOptions(**fields)
-    return dataclasses.replace(options, **fields)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,6 +67,12 @@ class LoadedModel:
         return self.stored_tokenizer
 
     @property
+    def has_null_image(self) -> bool:
+        """Whether it was trained without image at times, which guidance and priors build on."""
+        objectives = self.config.get("objective", {}).values()
+        return any(x.get("weight") and x.get("image_dropout") for x in objectives)
+
+    @property
     def model(self) -> Captioner | CoCa:
         """The one that writes captions. Raises `UserError` where there is none."""
         if self.towers.generator is None:
@@ -115,7 +95,7 @@ class LoadedModel:
     def caption(
         self,
         images: Sequence[ImageLike],
-        options: DecodingOptions | None = None,
+        options: DecodingOptions = GREEDY,
         *,
         seed: int = 0,
         batch_size: int = 32,
@@ -123,7 +103,7 @@ class LoadedModel:
     ) -> list[str]:
         """One caption an image. Raises `UserError` naming the first image that cannot be read.
 
-        `fields` are those of `DecodingOptions`, where `options` are not given whole, and what
+        `fields` are those of `DecodingOptions`, which go before those of `options`, and what
         `stream` takes beside them. For several captions an image see `caption_records`.
         """
         records = self.caption_records(images, options, seed=seed, batch_size=batch_size, **fields)
@@ -135,7 +115,7 @@ class LoadedModel:
     def caption_records(
         self,
         images: Sequence[ImageLike],
-        options: DecodingOptions | None = None,
+        options: DecodingOptions = GREEDY,
         *,
         seed: int = 0,
         batch_size: int = 32,
@@ -160,7 +140,7 @@ class LoadedModel:
         return list(
             self.stream(
                 read_ahead(read, range(len(images)), ahead=2 * batch_size),
-                _options(options, fields),
+                dataclasses.replace(options, **fields),
                 seed=seed,
                 batch_size=batch_size,
                 prefix=prefix if prefix is None or isinstance(prefix, str) else "",
@@ -201,68 +181,80 @@ class LoadedModel:
 
         Raises `UserError` for options that are wrong, at once.
         """
-        model = self.model
-        length = check_options(model, options)
-        if batch_size < 1:
-            raise UserError(f"batch_size={batch_size}: expected at least 1")
-        if not 0 <= seed <= MAX_SEED:
-            raise UserError(f"seed={seed}: expected 0 to {MAX_SEED}")
         other = None
         if contrast is not None:
-            pixels = self.pixels(contrast)
-            if isinstance(pixels, ImageError):
-                raise UserError(f"contrast cannot be read: {pixels}")
-            other = pixels
-        shared: dict[str, Any] = {
-            "key": jax.random.key(seed),
-            "banned_MW": self._sequences(options.banned),
-            "stop_MW": self._sequences(options.stop),
-            "language": language,
-        }
-        run = functools.partial(generate, model, self.params, options=options, **shared)
-        batches = _Batches(options, length, seed, batch_size, prefix, other, all_full)
-        return self._stream(run, rows, batches)
-
-    def _stream(self, run: Callable, rows: Iterable, batches: _Batches) -> Iterator[Record]:
-        under_way = None  # the batch on the device while the next one is read
-        checked = (self._with_prefix(row, batches) for row in rows)
-        for chunk, start, size in self._chunks(checked, batches.batch_size, batches.all_full):
-            made = self._start_batch(run, chunk, start, size, batches)
-            if under_way is not None:
-                yield from self._records(*under_way, batches)
-            under_way = (chunk, made)
-        if under_way is not None:
-            yield from self._records(*under_way, batches)
-
-    def _with_prefix(self, row: tuple[Record, Any], batches: _Batches) -> tuple:
-        """(record, pixels or error, ids of the prefix)."""
-        about, pixels = row
-        if batches.prefix is None:
-            return about, pixels, []
-        text = about.get("prefix", batches.prefix)
-        ids = self._ids(text) if text else []
-        if len(ids) >= batches.length:
-            reason = f"{len(ids)} tokens leave no room in max_length={batches.length}"
-            return about, ImageError("prefix too long", reason), []
-        return about, pixels, ids
+            other = self.pixels(contrast)
+            if isinstance(other, ImageError):
+                raise UserError(f"contrast cannot be read: {other}")
+        return CaptionStream(
+            self, options, seed, batch_size, prefix, other, language, all_full
+        ).records(rows)
 
     def score(
-        self, images: Sequence[ImageLike], captions: Sequence[str], batch_size: int = 32
+        self,
+        images: Sequence[ImageLike],
+        captions: Sequence[str],
+        *,
+        alpha: float = 0.0,
+        normalize: bool = False,
+        batch_size: int = 32,
     ) -> np.ndarray:
         """float32 [N]: log p(captions[i] | images[i]), summed over the tokens and the end.
 
         Captions are lower-cased where those of training were, and cut at the model's text length.
-        Raises `UserError` for lists of different lengths and for an image that cannot be read.
+        Off goes `alpha` times their log-probability without image (see `has_null_image`), and with
+        `normalize` the result is divided by the number of tokens. Raises `UserError` for lists of
+        different lengths and for an image that cannot be read.
         """
         if len(images) != len(captions):
             raise UserError(f"{len(images)} images for {len(captions)} captions: give one each")
         labels = self._encode(captions, self.model.config.text_length)
-        return self._map_images(
-            lambda batch: score(self.model, self.params, batch["image"], batch["labels"]),
+        logprobs = self._map_images(
+            lambda batch: score_tokens(
+                self.model, self.params, batch["image"], batch["labels"][:, None]
+            ),
             images,
             batch_size,
             labels=labels,
+        )[:, 0]
+        priors = self._priors(labels) if alpha else 0.0
+        return (
+            mean(logprobs, labels, priors, alpha) if normalize else total(logprobs, priors, alpha)
         )
+
+    def classify(
+        self,
+        images: Sequence[ImageLike],
+        class_names: Sequence[str],
+        templates: Sequence[str] = ("{}",),
+        *,
+        alpha: float = 0.0,
+        batch_size: int = 8,
+    ) -> np.ndarray:
+        """float32 [N, classes]: how probable each class's texts are as the image's caption.
+
+        A class's texts are the templates with its name in the place of "{}"; their probabilities
+        are added up. `alpha` as in `score`. Each image and each shared beginning of texts is read
+        once. Raises `UserError` for a template without "{}" and an image that cannot be read.
+        """
+        texts = class_texts(class_names, templates)
+        labels = self._encode(texts, self.model.config.text_length)
+        tree = build_tree(labels)
+        logprobs = self._map_images(
+            lambda batch: score_tree(self.model, self.params, batch["image"], tree),
+            images,
+            batch_size,
+        )
+        priors = total(self._priors(labels)) if alpha else 0.0
+        return class_scores(total(logprobs), len(templates), priors, alpha)
+
+    def _priors(self, labels: np.ndarray) -> np.ndarray:
+        """The tokens' log-probabilities without image."""
+        if self.mesh is None:
+            return score_priors(self.model, self.params, labels)
+        with jax.set_mesh(self.mesh):
+            size = 64 * num_batch_shards(self.mesh)
+            return score_priors(self.model, self.params, labels, size)
 
     def encode_image(
         self, images: Sequence[ImageLike], patches: bool = False, batch_size: int = 32
@@ -289,8 +281,8 @@ class LoadedModel:
         embedder = self.embedder
         tokens = self._encode(texts, embedder.config.text_length)
         outputs = []
-        for chunk, _, size in self._chunks(tokens, batch_size):
-            made = self._on_device(
+        for chunk, _, size in self.chunks(tokens, batch_size):
+            made = self.on_device(
                 lambda batch: _embed_texts(embedder, self.params, batch["tokens"]),
                 {"tokens": np.stack(chunk)},
                 size,
@@ -309,62 +301,7 @@ class LoadedModel:
         except ImageError as error:
             return error
 
-    def _start_batch(
-        self, run: Callable, chunk: list, start: int, size: int, batches: _Batches
-    ) -> Generated | None:
-        """Sends a batch to the device; None where no image of it could be read."""
-        pixels = [image for _, image, _ in chunk]
-        mask = np.array([isinstance(image, np.ndarray) for image in pixels])
-        if not mask.any():
-            return None
-        blank = np.zeros_like(pixels[int(mask.argmax())])
-        images = np.stack([image if ok else blank for image, ok in zip(pixels, mask, strict=True)])
-        places = [about.get("index", row) for row, (about, _, _) in enumerate(chunk, start)]
-        index = np.array(places, np.int32)
-        rows = {"inputs": images, "index_B": index, "mask_B": mask}
-        if batches.prefix is not None:
-            rows["forced_BL"] = np.full((len(chunk), batches.length), PAD_ID, np.int32)
-            for row, (_, _, ids) in zip(rows["forced_BL"], chunk, strict=True):
-                row[: len(ids)] = ids
-        if batches.contrast is not None:
-            rows["contrast"] = np.broadcast_to(batches.contrast, images.shape)
-        return self._on_device(lambda batch: run(**batch), rows, size)
-
-    def _records(self, chunk: list, made: Generated | None, batches: _Batches) -> Iterator[Record]:
-        made = jax.device_get(made)
-        for row, (about, pixels, _) in enumerate(chunk):
-            if isinstance(pixels, ImageError):
-                yield {**about, "error": str(pixels)}
-            elif made is not None:
-                captions = self._captions(made, row)
-                options = batches.options
-                yield {
-                    **about,
-                    **captions[0],
-                    "guidance_scale": options.guidance_scale,
-                    "seed": batches.seed,
-                    **({"captions": captions} if options.num_captions > 1 else {}),
-                }
-
-    def _captions(self, made: Generated, row: int) -> list[Record]:
-        """What was written of one image; beams that found nothing are left out."""
-        return [
-            {
-                "caption": self.tokenizer.decode(made.tokens_BSL[row, s].tolist()),
-                "logprob": float(made.logprobs_BSL[row, s].sum()),
-                "num_tokens": int(made.num_tokens_BS[row, s]),
-                "finish": FINISH_REASONS[made.finish_BS[row, s]],
-            }
-            for s in range(made.finish_BS.shape[1])
-            if FINISH_REASONS[made.finish_BS[row, s]] != "absent"
-        ]
-
-    def _sequences(self, texts: Sequence[str]) -> Array | None:
-        """int32 [M, W]: the ids of texts as `generate` takes them; None of none."""
-        padded = processors.pad_sequences([self._ids(text) for text in texts])
-        return None if padded is None else jnp.asarray(padded)
-
-    def _ids(self, text: str) -> list[int]:
+    def token_ids(self, text: str) -> list[int]:
         """The ids of a text without its end."""
         cleaned = clean_text(text, self.config.get("captions", {}).get("lower", False))
         length = self.tokenizer.count(cleaned)
@@ -382,16 +319,16 @@ class LoadedModel:
             raise UserError(f"{len(images)} images, batch_size={batch_size}: expected at least 1")
         outputs = []
         rows = read_ahead(self.pixels, images, ahead=2 * batch_size)
-        for chunk, start, size in self._chunks(rows, batch_size):
+        for chunk, start, size in self.chunks(rows, batch_size):
             for index, pixels in enumerate(chunk, start):
                 if isinstance(pixels, ImageError):
                     raise UserError(f"images[{index}] cannot be read: {pixels}")
             beside = {name: x[start : start + len(chunk)] for name, x in columns.items()}
-            made = self._on_device(run, {"image": np.stack(chunk), **beside}, size)
+            made = self.on_device(run, {"image": np.stack(chunk), **beside}, size)
             outputs.append(jax.device_get(made)[: len(chunk)])
         return np.concatenate(outputs)
 
-    def _chunks(
+    def chunks(
         self, rows: Iterable, batch_size: int, all_full: bool = False
     ) -> Iterator[tuple[list, int, int]]:
         """(rows, index of the first, rows to pad to): all padded alike, as the first needs it."""
@@ -403,7 +340,7 @@ class LoadedModel:
             yield chunk, start, size
             start += len(chunk)
 
-    def _on_device(self, run: Callable, rows: dict[str, np.ndarray], size: int) -> Any:
+    def on_device(self, run: Callable, rows: dict[str, np.ndarray], size: int) -> Any:
         """`run` of the rows, padded to `size` and split over the mesh if there is one."""
         padded = {name: pad_rows(x, size) for name, x in rows.items()}
         if self.mesh is None:

@@ -37,8 +37,8 @@ class DecodingOptions:
       guidance_scale: classifier-free guidance (Kornblith et al. 2023): 1 is none, 0 without image.
         A sequence is a schedule over positions, its last value kept. Needs a model trained with
         `image_dropout`.
-      banned: texts that may not be written.
-      stop: texts after which a caption ends.
+      banned: texts that may not be written, in the tokens that the tokenizer cuts them into.
+      stop: texts, in their tokens likewise, after which a caption ends.
     """
 
     max_length: int | None = None

@@ -220,7 +220,7 @@ def test_one_device_or_eight_write_the_same_at_one_microbatch(run_directory):
         for start in range(0, len(images), size):
             rows = {"inputs": images[start : start + size]}
             rows["index_B"] = np.arange(start, start + size, dtype=np.int32)
-            made = loaded._on_device(
+            made = loaded.on_device(
                 lambda batch: generate(one.model, loaded.params, **batch), rows, size
             )
             yield from np.asarray(made.tokens_BSL[:, 0])

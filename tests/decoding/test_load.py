@@ -12,6 +12,7 @@ import capjax
 from capjax.checkpoint import load_params
 from capjax.decoding import generate as generate_module
 from capjax.decoding.load import load
+from capjax.decoding.score import score
 from capjax.errors import UserError
 from capjax.mesh import MeshShape, make_mesh
 from tests.decoding.conftest import generate
@@ -175,3 +176,84 @@ def test_misuse_is_named(captioner, pictures, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             call()
+
+
+def test_records_of_several_captions(captioner, pictures):
+    """n-best: the best is the record's own; draws are those of one caption an image."""
+    beams = captioner.caption_records(pictures, num_beams=4, num_captions=3, batch_size=4)
+    drawn = captioner.caption_records(pictures, temperature=1.0, num_captions=3, seed=3)
+    once = captioner.caption(pictures, temperature=1.0, seed=3)
+    for records in (beams, drawn):
+        for record in records:
+            assert 1 <= len(record["captions"]) <= 3
+            fields = ("caption", "logprob", "num_tokens", "finish")
+            assert [record[name] for name in fields] == [
+                record["captions"][0][name] for name in fields
+            ]
+    assert [record["caption"] for record in drawn] == once
+
+
+def test_prefixes_of_all_and_of_each(captioner, pictures):
+    for prefix in ("a red", ["a blue dog"] * 5 + ["two"] * 6):
+        records = captioner.caption_records(pictures, prefix=prefix, batch_size=4)
+        for row, record in enumerate(records):
+            assert record["caption"].startswith(prefix if isinstance(prefix, str) else prefix[row])
+    too_long = ["a"] * 10 + ["two green birds " * 9]
+    records = captioner.caption_records(pictures, prefix=too_long)
+    assert "prefix too long" in records[10]["error"]
+    assert records[9]["caption"] == captioner.caption(pictures[9:10], prefix="a")[0]
+    with pytest.raises(UserError, match="1 prefixes for 11 images"):
+        captioner.caption(pictures, prefix=["a"])
+
+
+def test_texts_that_may_not_be_written_and_that_end(captioner, pictures):
+    free = captioner.caption(pictures)
+    word = next(
+        w for caption in free for w in caption.split() if w in ["a", "red", "cat", "blue", "dog"]
+    )
+    banned = captioner.caption(pictures, banned=[word])
+    assert banned != free and captioner.caption(pictures, banned=[]) == free
+    records = captioner.caption_records(pictures, stop=[word])
+    for caption, record in zip(free, records, strict=True):
+        assert caption.startswith(record["caption"])
+    assert "stop" in {record["finish"] for record in records}
+
+
+def test_guidance_is_in_the_record(captioner, pictures):
+    guided = captioner.caption_records(pictures, guidance_scale=2.0)
+    assert {record["guidance_scale"] for record in guided} == {2.0}
+    assert captioner.caption(pictures, guidance_scale=1.0) == captioner.caption(pictures)
+    away = captioner.caption(pictures, guidance_scale=3.0, contrast=pictures[0])
+    assert away != [record["caption"] for record in guided]
+    assert not captioner.has_null_image
+    with pytest.raises(UserError, match="contrast cannot be read"):
+        captioner.caption(pictures, guidance_scale=3.0, contrast=b"junk")
+
+
+def test_scores_by_token_and_without_the_prior(captioner, pictures):
+    captions = ["a red cat", "the sun", "", "two green birds"] + ["a"] * 7
+    plain = captioner.score(pictures, captions)
+    labels = captioner.tokenizer.encode_batch(captions, LENGTH)
+    by_token = captioner.score(pictures, captions, normalize=True)
+    np.testing.assert_allclose(by_token, plain / (labels > 0).sum(axis=1), rtol=1e-5)
+    half, whole = (captioner.score(pictures, captions, alpha=a) for a in (0.5, 1.0))
+    np.testing.assert_allclose(plain - half, half - whole, atol=1e-4)
+    model, params = captioner.model, captioner.params
+    dropped = model.drop_memory(
+        params, model.encode(params, jnp.zeros((11, 16, 16, 3), jnp.uint8)), jnp.ones(11, bool)
+    )
+    prior = score(model, params, dropped, jnp.asarray(labels))
+    np.testing.assert_allclose(plain - whole, prior, atol=1e-4)
+
+
+def test_classes_score_as_captions(captioner, pictures):
+    names, templates = ["cat", "dog", "red cat"], ("a {}", "the {}")
+    found = captioner.classify(pictures, names, templates, alpha=0.5)
+    assert found.shape == (11, 3)
+    for column, name in enumerate(names):
+        each = [
+            captioner.score(pictures, [t.replace("{}", name)] * 11, alpha=0.5) for t in templates
+        ]
+        np.testing.assert_allclose(found[:, column], np.logaddexp(*each), atol=1e-4)
+    with pytest.raises(UserError, match=r"has no \{\}"):
+        captioner.classify(pictures, names, ("a",))
