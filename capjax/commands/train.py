@@ -75,7 +75,7 @@ def train_run(plan, workdir) -> None:
 
     import jax
 
-    from capjax.checkpoint import Checkpointer
+    from capjax.checkpoint import Checkpointer, step_directory
     from capjax.commands import build, summary
     from capjax.commands.evaluators import build_evaluators
     from capjax.mesh import place_batch
@@ -108,6 +108,9 @@ def train_run(plan, workdir) -> None:
         else:
             start_step, state, _ = restored
             progress.say(f"resuming after step {start_step} in {root}")
+            kept = step_directory(root / "checkpoints", start_step)
+            if other := summary.other_pixels(plan, kept):
+                progress.say(f"changed since this run began: {other}")
         start = start_step * config.batch_size
         on_bad = open_bad_records(root, jax.process_index(), start)
         batches = build.training_batches(plan, start, on_bad)
