@@ -61,6 +61,7 @@ class Plan(NamedTuple):
     total_steps: int
     init_state: Callable[[], TrainState]  # to be jitted, within the mesh
     abstract_state: TrainState
+    abstract_inputs: Callable[[], tuple]  # what `train_step` takes, as types on the mesh
     train_step: Callable
 
 
@@ -96,6 +97,7 @@ def build_run(config: ConfigDict, workdir: str) -> Plan:
         total_steps=program.total_steps,
         init_state=program.init_state,
         abstract_state=program.abstract_state,
+        abstract_inputs=program.abstract_inputs,
         train_step=program.train_step,
     )
 
