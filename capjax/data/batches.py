@@ -160,9 +160,9 @@ class Maker:
     first_row: int
     num_rows: int
 
-    def empty_images(self) -> np.ndarray:
+    def images_shape(self) -> tuple[int, int, int, int]:
         size = self.preprocessing.image_size
-        return np.zeros((self.num_rows, size, size, 3), np.uint8)
+        return self.num_rows, size, size, 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +173,8 @@ class TrainMaker(Maker):
 
     def __call__(self, step: int) -> dict[str, Any]:
         first = self.start + step * self.batch_size + self.first_row
-        batch_images, texts, lengths, bad = self.empty_images(), [], [], []
+        batch_images = np.empty(self.images_shape(), np.uint8)
+        texts, lengths, bad = [], [], []
         for row in range(self.num_rows):
             batch_images[row], captions, length = self._pair(first + row, bad)
             texts += captions
@@ -244,7 +245,7 @@ class EvalMaker(Maker):
 
     def __call__(self, step: int) -> dict[str, Any]:
         first = step * self.batch_size + self.first_row
-        batch_images, bad = self.empty_images(), []
+        batch_images, bad = np.zeros(self.images_shape(), np.uint8), []
         texts = [""] * self.num_rows
         index = np.zeros(self.num_rows, np.int32)
         mask = np.zeros(self.num_rows, np.bool_)
