@@ -90,6 +90,7 @@ class ShardCache:
         lock = os.open(self.directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            os.ftruncate(descriptor, 0)  # what a killed process left in it
             facts = _facts(self.directory)
             total = size + sum(fact.st_size for _, fact in facts)
             for path, fact in sorted(facts, key=lambda pair: pair[1].st_mtime_ns):
@@ -132,8 +133,8 @@ class ShardCache:
         except OSError as error:
             raise UserError(
                 f"cannot keep copies of remote shards in {self.directory}: "
-                f"{error.strerror or error}; name another directory as ?cache=DIRECTORY, or give "
-                f"it less room than now as ?cache_gb={self.limit / 1e9:g}"
+                f"{error.strerror or error}; name another directory as ?cache=DIRECTORY, or a "
+                f"?cache_gb= below {self.limit / 1e9:g}"
             ) from error
 
 

@@ -217,7 +217,7 @@ def _bytes_of(cache_gb: str) -> int:
 
 def _check_room(path: str, sizes: Sequence[int], limit: int) -> None:
     largest = max(sizes)
-    if limit < 2 * largest:
+    if limit < min(sum(sizes), 2 * largest):
         raise UserError(
             f"cache_gb={limit / 1e9:g} does not hold two shards of {path}, the largest of which "
             f"has {largest / 1e9:.2g} GB; give it more, or prepare with a smaller --shard_size"
