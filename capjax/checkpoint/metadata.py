@@ -17,16 +17,24 @@ from capjax.checkpoint.arrays import array_entry
 from capjax.checkpoint.files import FORMAT_VERSION, Metadata, sha256
 from capjax.dims import Array
 
-LIBRARIES = ("capjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+LIBRARIES = (
+    *("capjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"),
+    *("pillow", "simplejpeg", "cykooz-resizer"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class RunInfo:
-    """What is the same in every checkpoint of a run; the mappings hold what JSON can say."""
+    """What is the same in every checkpoint of a run; the mappings hold what JSON can say.
+
+    `pixels_by`: the packages that made the training images' pixels (`ImagePreprocessing.made_by`);
+    empty where they are not known, as of weights that were converted.
+    """
 
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     preprocessing: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tokenizer_model: bytes = b""
+    pixels_by: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def run_metadata(run: RunInfo) -> Metadata:
@@ -35,6 +43,7 @@ def run_metadata(run: RunInfo) -> Metadata:
     return {
         "config": dict(run.config),
         "preprocessing": dict(run.preprocessing),
+        "pixels_by": dict(run.pixels_by),
         "tokenizer_sha256": sha256(model) if model else None,
         "versions": library_versions(),
         "git_commit": _git_commit(),

@@ -61,6 +61,7 @@ class Plan(NamedTuple):
     total_steps: int
     init_state: Callable[[], TrainState]  # to be jitted, within the mesh
     abstract_state: TrainState
+    abstract_inputs: Callable[[], tuple]  # what `train_step` takes, as types on the mesh
     train_step: Callable
 
 
@@ -96,6 +97,7 @@ def build_run(config: ConfigDict, workdir: str) -> Plan:
         total_steps=program.total_steps,
         init_state=program.init_state,
         abstract_state=program.abstract_state,
+        abstract_inputs=program.abstract_inputs,
         train_step=program.train_step,
     )
 
@@ -231,7 +233,11 @@ def build_warm_start(config: ConfigDict) -> WarmStart:
 def training_batches(
     plan: Plan, start: int, on_bad: Callable[[list[BadRecord]], None] = lambda records: None
 ) -> Batches | Iterator[dict[str, Any]]:
-    """This process's rows of the training stream from `start` examples on."""
+    """This process's rows of the training stream from `start` examples on.
+
+    A process that is alone stops at the first batch beyond the budget of bad records; of several,
+    none knows all of them (`BadRecords` does).
+    """
     config, data = plan.config, plan.data
     shared = {
         "text_length": data.text_length,
@@ -251,7 +257,7 @@ def training_batches(
         augment=plan.augment,
         captions=data.captions,
         reading=data.reading,
-        bad_budget=config.data.bad_budget,
+        bad_budget=config.data.bad_budget if jax.process_count() == 1 else 1.0,
         on_bad=on_bad,
         **shared,
     )

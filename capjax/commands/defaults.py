@@ -67,6 +67,7 @@ def default_config() -> ConfigDict:
             "mode": "stretch",
             "resample": "bilinear",
             "resize_to": 0,
+            "exact": False,
         }
     )
     config.augment = ConfigDict(

@@ -138,6 +138,7 @@ def check_counts(config: ConfigDict, mesh: Mesh) -> None:
         "seed": 0,
         "log_every_steps": 1,
         "data.text_length": 2,
+        "data.bad_budget": 0,
         "checkpoint.keep": 1,
         "checkpoint.every_steps": 0,
         "evaluate.every_steps": 0,

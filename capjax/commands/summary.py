@@ -9,6 +9,7 @@ import jax
 from etils import epath
 
 from capjax.checkpoint import LoadedCheckpoint, RunInfo
+from capjax.checkpoint.files import read_metadata
 from capjax.checkpoint.metadata import library_versions
 from capjax.commands.build import Plan
 from capjax.commands.settings import resolved_dict
@@ -25,7 +26,14 @@ def run_info(plan: Plan) -> RunInfo:
         config=config,
         preprocessing=dataclasses.asdict(plan.data.preprocessing),
         tokenizer_model=plan.tokenizer.model_bytes,
+        pixels_by=plan.data.preprocessing.made_by() if plan.source else {},
     )
+
+
+def other_pixels(plan: Plan, checkpoint: epath.Path) -> str:
+    """How pixels are made here otherwise than in the run so far; "" if they are not."""
+    recorded = read_metadata(checkpoint).get("pixels_by", {})
+    return plan.data.preprocessing.other_pixels(recorded)
 
 
 def describe(plan: Plan) -> str:

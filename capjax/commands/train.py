@@ -12,6 +12,7 @@ MAY_CHANGE = (
     "profile.*",
     "tensorboard",
     "wandb_project",
+    "data.bad_budget",
     "data.schedule",  # by appending, see `check_schedule`
 )
 
@@ -35,12 +36,13 @@ def run(args: argparse.Namespace) -> None:
     from capjax.commands import runtime, settings
 
     config = settings.load_config(args.config, args.overrides)
-    runtime.start(args)
+    with runtime.rarer_collections():
+        runtime.start(args)
 
-    from capjax.commands.build import build_run
-    from capjax.training.workdir import open_workdir
+        from capjax.commands.build import build_run
+        from capjax.training.workdir import open_workdir
 
-    plan = build_run(config, args.workdir)
+        plan = build_run(config, args.workdir)
     check_schedule(config, args.workdir)
     with open_workdir(args.workdir, settings.resolved_dict(config), MAY_CHANGE) as workdir:
         train_run(plan, workdir)
@@ -75,11 +77,11 @@ def train_run(plan, workdir) -> None:
 
     import jax
 
-    from capjax.checkpoint import Checkpointer
+    from capjax.checkpoint import Checkpointer, step_directory
     from capjax.commands import build, summary
     from capjax.commands.evaluators import build_evaluators
     from capjax.mesh import place_batch
-    from capjax.training.bad_records import open_bad_records
+    from capjax.training.bad_records import BadRecords
     from capjax.training.loop import train
     from capjax.training.metrics import make_writers
     from capjax.training.profile import Tracer
@@ -94,6 +96,7 @@ def train_run(plan, workdir) -> None:
             progress.say(f"changed since this run began: {change}")
         if jax.process_index() == 0:
             write_atomic(root / "tokenizer.model", plan.tokenizer.model_bytes)
+        train_step = compiled_ahead(plan, root, stack)
         checkpointer = stack.enter_context(
             Checkpointer(
                 root / "checkpoints",
@@ -108,9 +111,12 @@ def train_run(plan, workdir) -> None:
         else:
             start_step, state, _ = restored
             progress.say(f"resuming after step {start_step} in {root}")
+            kept = step_directory(root / "checkpoints", start_step)
+            if other := summary.other_pixels(plan, kept):
+                progress.say(f"changed since this run began: {other}")
         start = start_step * config.batch_size
-        on_bad = open_bad_records(root, jax.process_index(), start)
-        batches = build.training_batches(plan, start, on_bad)
+        bad = BadRecords(root, start, config.data.bad_budget)
+        batches = build.training_batches(plan, start, bad.add)
         if hasattr(batches, "close"):
             stack.callback(batches.close)
         writers = make_writers(
@@ -129,7 +135,7 @@ def train_run(plan, workdir) -> None:
         progress.say(summary.describe(plan))
         _, totals = train(
             state,
-            train_step=plan.train_step,
+            train_step=train_step,
             batches=batches,
             place=functools.partial(place_batch, plan.mesh),
             total_steps=plan.total_steps,
@@ -144,13 +150,36 @@ def train_run(plan, workdir) -> None:
             progress=progress,
             tracer=Tracer(root / "profile", **config.profile),
             flops_per_image=plan.towers.flops_per_example(),
-            host_metrics=getattr(batches, "newly_bad", dict),
+            host_metrics=lambda step: bad.metrics(step * config.batch_size),
         )
+        bad_counts = bad.count(plan.total_steps * config.batch_size)
         checkpointer.wait()
         if jax.process_index() == 0:
-            facts = summary.run_summary(plan, totals, dict(getattr(batches, "bad", {})))
+            facts = summary.run_summary(plan, totals, bad_counts)
             write_atomic(root / "summary.json", json.dumps(facts, indent=2) + "\n")
             progress.say(summary.closing_words(root, facts))
+
+
+def compiled_ahead(plan, root, stack):
+    """The training step, which compiles in a thread from now on; its first call waits for that."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    import jax
+
+    from capjax.checkpoint import list_steps
+    from capjax.commands import runtime
+
+    if max(list_steps(root / "checkpoints"), default=0) >= plan.total_steps:
+        return plan.train_step  # most likely it will not be called
+
+    def compiled():
+        with jax.set_mesh(plan.mesh):  # a thread has a mesh of its own
+            with runtime.rarer_collections():
+                lowered = plan.train_step.lower(*plan.abstract_inputs())
+            return lowered.compile()
+
+    step = stack.enter_context(ThreadPoolExecutor(1)).submit(compiled)
+    return lambda *args: step.result()(*args)
 
 
 def first_state(plan, say):

@@ -80,7 +80,14 @@ def augment_image(
     if augment.crop_scale[0] < 1:
         scale, ratio = augment.crop_scale, augment.crop_ratio
         image = images.random_resized_crop(
-            image, size, rng, scale, ratio, preprocessing.antialias, preprocessing.resample
+            image,
+            size,
+            rng,
+            scale,
+            ratio,
+            preprocessing.antialias,
+            preprocessing.resample,
+            preprocessing.exact,
         )
     else:
         image = preprocessing.preprocess(image)

@@ -50,6 +50,21 @@ class BadRecord(NamedTuple):
     detail: str
 
 
+def check_budget(bad: Counter[str], seen: int, bad_budget: float, example: str) -> None:
+    """Raises `DataError` where more than the budget of at least 200 positions were bad.
+
+    Args:
+      bad: reason -> number.
+      example: what is said of the records themselves.
+    """
+    if seen >= _MIN_SEEN and bad.total() > bad_budget * seen:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in bad.most_common())
+        raise DataError(
+            f"{bad.total()} of {seen} examples cannot be used, more than bad_budget={bad_budget}: "
+            f"{reasons}; {example}; mend the source or raise the budget"
+        )
+
+
 class Batches:
     """An iterator of batches that counts what could not be used. Close it, or use it in `with`.
 
@@ -68,7 +83,6 @@ class Batches:
     ) -> None:
         self._batches = batches
         self._on_bad = on_bad
-        self._told: Counter[str] = Counter()
         self._bad_budget = bad_budget
         self._source = source
         self.bad: Counter[str] = Counter()
@@ -85,22 +99,11 @@ class Batches:
         self.bad.update(record.reason for record in bad)
         self.bad_records += bad[: _MAX_LISTED - len(self.bad_records)]
         self._on_bad(bad)
-        total = self.bad.total()
-        if self.seen >= _MIN_SEEN and total > self._bad_budget * self.seen:
-            reasons = ", ".join(f"{reason} {count}" for reason, count in self.bad.most_common())
+        if self.bad_records:
             first = self.bad_records[0]
-            raise DataError(
-                f"{total} of {self.seen} examples cannot be used, more than bad_budget="
-                f"{self._bad_budget}: {reasons}; the first is example {first.index} of "
-                f"{self._source}: {first.detail}; mend the source or raise the budget"
-            )
+            example = f"the first is example {first.index} of {self._source}: {first.detail}"
+            check_budget(self.bad, self.seen, self._bad_budget, example)
         return batch
-
-    def newly_bad(self) -> dict[str, int]:
-        """Reason -> number since the last call, by name of a metric ("bad/no_caption")."""
-        new = self.bad - self._told
-        self._told += new
-        return {f"bad/{reason.replace(' ', '_')}": count for reason, count in new.items()}
 
     def close(self) -> None:
         """Ends the threads and worker processes."""
@@ -157,9 +160,9 @@ class Maker:
     first_row: int
     num_rows: int
 
-    def empty_images(self) -> np.ndarray:
+    def images_shape(self) -> tuple[int, int, int, int]:
         size = self.preprocessing.image_size
-        return np.zeros((self.num_rows, size, size, 3), np.uint8)
+        return self.num_rows, size, size, 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +173,8 @@ class TrainMaker(Maker):
 
     def __call__(self, step: int) -> dict[str, Any]:
         first = self.start + step * self.batch_size + self.first_row
-        batch_images, texts, lengths, bad = self.empty_images(), [], [], []
+        batch_images = np.empty(self.images_shape(), np.uint8)
+        texts, lengths, bad = [], [], []
         for row in range(self.num_rows):
             batch_images[row], captions, length = self._pair(first + row, bad)
             texts += captions
@@ -241,7 +245,7 @@ class EvalMaker(Maker):
 
     def __call__(self, step: int) -> dict[str, Any]:
         first = step * self.batch_size + self.first_row
-        batch_images, bad = self.empty_images(), []
+        batch_images, bad = np.zeros(self.images_shape(), np.uint8), []
         texts = [""] * self.num_rows
         index = np.zeros(self.num_rows, np.int32)
         mask = np.zeros(self.num_rows, np.bool_)

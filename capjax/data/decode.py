@@ -87,6 +87,11 @@ def optional_module(name: str) -> Any:
 _simplejpeg = optional_module("simplejpeg")
 
 
+def decoder() -> str:
+    """What decodes JPEGs here: "simplejpeg" or "pillow"."""
+    return "pillow" if _simplejpeg is None else "simplejpeg"
+
+
 @functools.cache
 def _formats() -> tuple[str, ...]:
     """The wanted formats that this Pillow reads. No others: EPS, for one, runs a program."""

@@ -5,13 +5,15 @@ A path without `://` is local and read without fsspec.
 
 import contextlib
 import glob
+import io
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from capjax.errors import UserError
 
@@ -20,6 +22,9 @@ _MAX_RANGE = 1_000_000
 # What the file systems call the mark of a file's content or time, the best first.
 _MARKS = ("etag", "md5hash", "content_md5", "mtime", "updated", "lastmodified", "last_modified")
 _REQUESTS = 16  # at once, where many files are asked for
+_PAUSES = (0.5, 2.0, 8.0)  # seconds before a failed read is tried again
+
+T = TypeVar("T")
 
 
 class FileState(NamedTuple):
@@ -51,13 +56,18 @@ def expand(pattern: str) -> list[str]:
         return [path for found in pool.map(_existing, paths) for path in found]
 
 
-def state(path: str) -> FileState:
-    """Size and mark of the file. Raises `OSError` where it cannot be seen."""
+def state(path: str, *, fresh: bool = False) -> FileState:
+    """Size and mark of the file, those of now if `fresh`: else a listing of before may be believed.
+
+    Raises `OSError` where it cannot be seen.
+    """
     if not is_remote(path):
         found = os.stat(path)  # noqa: PTH116
         return FileState(found.st_size, str(found.st_mtime_ns))
     system, inner = _system(path)
     with _as_os_error(path):
+        if fresh:
+            system.invalidate_cache()
         info = {name.lower(): value for name, value in system.info(inner).items()}
     if info.get("size") is None:
         raise OSError(f"{path}: the server does not tell its size")
@@ -68,7 +78,7 @@ def state(path: str) -> FileState:
 def read_bytes(path: str, start: int = 0, length: int | None = None) -> bytes:
     """The bytes [start, start + length) of the file, or up to its end; fewer where it ends before.
 
-    Raises `OSError`.
+    Remote reads are `retried`. Raises `OSError`.
     """
     if not is_remote(path):
         with open(path, "rb") as file:  # noqa: PTH123
@@ -77,10 +87,55 @@ def read_bytes(path: str, start: int = 0, length: int | None = None) -> bytes:
     if length == 0:
         return b""  # an empty range is the whole file to some servers
     system, inner = _system(path)
-    with _as_os_error(path):
-        if length is None:
-            return system.cat_file(inner, start=start or None)
-        return system.cat_file(inner, start=start, end=start + length)
+
+    def read() -> bytes:
+        with _as_os_error(path):
+            if length is None:
+                return system.cat_file(inner, start=start or None)
+            return system.cat_file(inner, start=start, end=start + length)
+
+    return retried(read)
+
+
+def retried(read: Callable[[], T]) -> T:
+    """What `read` returns, tried a few times, over ten seconds: a network fails for moments.
+
+    A record given up for such a moment would be replaced, and the run another. A file that is not
+    there, or that may not be read, is not tried again. Raises `OSError` as `read` does.
+    """
+    for pause in _PAUSES:
+        try:
+            return read()
+        except (FileNotFoundError, PermissionError, IsADirectoryError):
+            raise
+        except OSError:
+            time.sleep(pause)
+    return read()
+
+
+class RemoteFile(io.RawIOBase):
+    """A remote file to read and to seek in, each read one `read_bytes`. Raises `OSError`."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._size = state(path).size
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = (0, self._at, self._size)[whence] + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        data = read_bytes(self.path, self._at, max(0, min(len(buffer), self._size - self._at)))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
 
 
 def sibling(path: str, name: str) -> str:

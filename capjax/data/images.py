@@ -5,12 +5,13 @@ functions take a `numpy.random.Generator` and draw the same number of values wha
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
 
-from capjax.data.decode import MAX_PIXELS, WHITE, ImageError, decode_image
-from capjax.data.resize import FILTERS, Resample, resize, resize_box
+from capjax.data.decode import MAX_PIXELS, WHITE, ImageError, decode_image, decoder
+from capjax.data.resize import FILTERS, Resample, resize, resize_box, resizer
 from capjax.errors import UserError
 
 
@@ -22,6 +23,7 @@ def random_resized_crop(
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     antialias: bool = True,
     resample: Resample = "bilinear",
+    exact: bool = False,
 ) -> np.ndarray:
     """A random box of the image, resized to [size, size, 3].
 
@@ -37,7 +39,7 @@ def random_resized_crop(
     left = int(u[2] * (width - box_width + 1))
     top = int(u[3] * (height - box_height + 1))
     box = (left, top, left + box_width, top + box_height)
-    return resize_box(image, box, (size, size), antialias, resample)
+    return resize_box(image, box, (size, size), antialias, resample, exact)
 
 
 def random_shift(
@@ -92,6 +94,9 @@ class ImagePreprocessing:
     `resize_to`: the square's side before the rows below and the columns right of `image_size` are
     dropped; 0: `image_size`. Patches of 14 pixels do not fill 384: SigLIP's models of that size
     read 378 of them, which is their `image_size`.
+
+    `exact`: Pillow's pixels to the bit, for weights that were trained on them, also where a faster
+    resizer is installed (see `capjax.data.resize`).
     """
 
     image_size: int
@@ -99,6 +104,7 @@ class ImagePreprocessing:
     mode: Literal["stretch", "pad", "crop"] = "stretch"
     resample: Resample = "bilinear"
     resize_to: int = 0
+    exact: bool = False
 
     def __post_init__(self) -> None:
         if self.image_size < 1:
@@ -142,7 +148,30 @@ class ImagePreprocessing:
         return out
 
     def _resize(self, image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        return resize(image, size, self.antialias, self.resample)
+        return resize(image, size, self.antialias, self.resample, self.exact)
+
+    def made_by(self) -> dict[str, str]:
+        """The packages that decode and resize here, which a checkpoint records."""
+        return {
+            "decoder": decoder(),
+            "resizer": resizer(self.antialias, self.resample, self.exact),
+        }
+
+    def other_pixels(self, recorded: Mapping[str, str]) -> str:
+        """How pixels are made here otherwise than `made_by` recorded, in a line; "": alike.
+
+        What was not recorded is not compared.
+        """
+        here = self.made_by()
+        others = [(what, by) for what, by in recorded.items() if here.get(what, by) != by]
+        if not others:
+            return ""
+        said = " and ".join(f"the {what} was {by} and is {here[what]} here" for what, by in others)
+        mend = " and ".join(
+            f"pip uninstall {here[what]}" if by == "pillow" else f"pip install {by}"
+            for what, by in others
+        )
+        return f"in training {said}: pixels may differ by a grey level of 255; {mend} for the same"
 
     def preprocess_bytes(self, data: bytes) -> np.ndarray:
         """Encoded bytes -> uint8 [image_size, image_size, 3]. Raises `ImageError`."""

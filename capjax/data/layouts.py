@@ -1,7 +1,8 @@
 """The address of a source, `[LAYOUT:]PATH[?OPTION=VALUE&…]`, and which reader opens it.
 
 `webdataset:shards/{000..099}.tar`, `coco:annotations/captions_train2017.json?images=train2017`,
-`pairs.csv?image=file&caption=text`. Without a layout the end of the path tells it.
+`pairs.csv?image=file&caption=text`. Without a layout the end of the path tells it; other remote
+addresses are of shards.
 """
 
 import difflib
@@ -10,6 +11,7 @@ import re
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import parse_qsl
 
+from capjax.data.files import is_remote
 from capjax.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ class Layout(NamedTuple):
 
 
 LAYOUTS: dict[str, Layout] = {
+    "shards": Layout("capjax.data.readers.remote_shards:open_shards", ("cache", "cache_gb")),
     "webdataset": Layout(
         "capjax.data.readers.webdataset:open_webdataset", ("captions", "cache", "block"), (".tar",)
     ),
@@ -109,4 +112,4 @@ def _layout_of(path: str) -> str | None:
     for name, layout in LAYOUTS.items():
         if layout.suffixes and path.lower().endswith(layout.suffixes):
             return name
-    return None
+    return "shards" if is_remote(path) else None

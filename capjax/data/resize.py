@@ -16,34 +16,49 @@ _cykooz = optional_module("cykooz_resizer")
 _of_thread = threading.local()  # a resizer serves one call at a time
 
 
+def resizer(antialias: bool, resample: Resample, exact: bool) -> str:
+    """What resizes here: "capjax" without antialias, else "cykooz-resizer" or "pillow"."""
+    if not antialias:
+        return "capjax"
+    is_fast = _cykooz is not None and resample == "bilinear" and not exact
+    return "cykooz-resizer" if is_fast else "pillow"
+
+
 def resize(
     image: np.ndarray,
     size: int | tuple[int, int],
     antialias: bool = True,
     resample: Resample = "bilinear",
+    exact: bool = False,
 ) -> np.ndarray:
     """[H, W, 3] -> [size, size, 3], or `size` = (height, width).
 
     With `antialias` the filter widens as the image shrinks: Pillow's pixels exactly; where
     cykooz-resizer is installed, bilinear ones differ from them by 1 at most and take a fifth of
-    the time. Without, which is bilinear only, the filter always spans two pixels a side: the
-    pixels that big_vision's models were trained on, whose `resize` is TensorFlow's, cut to whole
-    numbers and not rounded.
+    the time, unless they are to be `exact`. Without, which is bilinear only, the filter always
+    spans two pixels a side: the pixels that big_vision's models were trained on, whose `resize` is
+    TensorFlow's, cut to whole numbers and not rounded.
     """
     height, width = (size, size) if isinstance(size, int) else size
     if image.shape[:2] == (height, width):
         return image
     box = (0, 0, image.shape[1], image.shape[0])
-    return resize_box(image, box, (height, width), antialias, resample)
+    return resize_box(image, box, (height, width), antialias, resample, exact)
 
 
 def resize_box(
-    image: np.ndarray, box: Box, size: tuple[int, int], antialias: bool, resample: Resample
+    image: np.ndarray,
+    box: Box,
+    size: tuple[int, int],
+    antialias: bool,
+    resample: Resample,
+    exact: bool = False,
 ) -> np.ndarray:
     """Crops `box` = (left, top, right, bottom) and resizes it to `size` = (height, width)."""
-    if not antialias:
+    by = resizer(antialias, resample, exact)
+    if by == "capjax":
         return _aliased(image[box[1] : box[3], box[0] : box[2]], size)
-    if _cykooz is not None and resample == "bilinear":
+    if by == "cykooz-resizer":
         return _bilinear(image, box, size)
     return np.asarray(Image.fromarray(image).resize(size[::-1], FILTERS[resample], box=box))
 

@@ -155,7 +155,7 @@ class ImageDirectory:
         if not self.keys:
             raise UserError(
                 f"no images in {self.directory}: expected files ending in "
-                f"{', '.join(IMAGE_SUFFIXES)}, at any depth"
+                f"{', '.join(IMAGE_SUFFIXES)}, at any depth{_other_files(self.directory)}"
             )
 
     def __len__(self) -> int:
@@ -183,6 +183,14 @@ class ImageDirectory:
 
     def __repr__(self) -> str:
         return f"ImageDirectory({self.directory!r}; {len(self)} images)"
+
+
+def _other_files(directory: str) -> str:
+    """Where a directory holds a data set of another layout, the address that opens it."""
+    for suffix in (".tar", ".parquet"):
+        if any(Path(directory).glob(f"*{suffix}")):
+            return f"; its {suffix} files are {f'{directory}/*{suffix}'!r}"
+    return ""
 
 
 def _json_beside(image: Path) -> dict[str, Any]:

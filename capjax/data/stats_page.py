@@ -10,18 +10,20 @@ import numpy as np
 from capjax.data.stats import Shared, Stats, quantiles
 
 _BARS = 24
+_WIDTH, _HEIGHT = 480, 120  # of a chart's bars
+_QUANTILES = ("least", "1 %", "median", "99 %", "most")
 _LISTED = 8
 
 
 def facts(stats: Stats) -> list[tuple[str, str]]:
     """(name, value) of everything that is one line."""
     read = stats.num_read
-    looked = "" if read == stats.num_examples else f", {read} of them looked at"
-    rows = [("examples", f"{stats.num_examples}{looked}")]
+    looked = "" if read == stats.num_examples else f", {read:,} of them looked at"
+    rows = [("examples", f"{stats.num_examples:,}{looked}")]
     rows += [(reason, share(count, read)) for reason, count in stats.bad.most_common()]
     captions = len(stats.words)
     rows += [
-        ("captions", f"{captions}"),
+        ("captions", f"{captions:,}"),
         ("without a caption", share(int((stats.captions_per_image == 0).sum()), read)),
         ("repeated captions", share(stats.repeated_captions.count, captions)),
         ("repeated images", share(stats.repeated_images, read)),
@@ -54,8 +56,8 @@ def distributions(stats: Stats) -> list[tuple[str, np.ndarray]]:
 
 
 def share(count: int, total: int) -> str:
-    """`12 (0.4 %)`."""
-    return f"{count} ({100 * count / total:.3g} %)" if count and total else f"{count}"
+    """`1,200 (0.4 %)`."""
+    return f"{count:,} ({100 * count / total:.3g} %)" if count and total else f"{count:,}"
 
 
 def _listed(counts: Counter[str]) -> str:
@@ -69,13 +71,12 @@ def text_report(stats: Stats) -> str:
     rows = facts(stats)
     width = max(len(name) for name, _ in rows)
     lines = [stats.name, *(f"  {name:<{width}}  {value}" for name, value in rows)]
-    columns = ("least", "1 %", "median", "99 %", "most")
-    lines.append(f"  {'':<{width}}" + "".join(f"{column:>10}" for column in columns))
+    lines.append(f"  {'':<{width}}" + "".join(f"{column:>10}" for column in _QUANTILES))
     for name, values in distributions(stats):
         cells = "".join(f"{value:>10.4g}" for value in quantiles(values))
         lines.append(f"  {name:<{width}}{cells}")
     for text, count in stats.repeated_captions.commonest:
-        lines.append(f"  {count} times: {text:.70}")
+        lines.append(f"  {count:,} times: {text:.70}")
     return "\n".join(lines)
 
 
@@ -90,7 +91,7 @@ def warnings(found: Sequence[Shared]) -> list[str]:
 
 
 def histogram(values: np.ndarray) -> list[tuple[str, int]]:
-    """(label, count) of at most 24 bars; numbers beyond the 99.5 % are in the last."""
+    """(lower edge, count) of at most 24 bars; numbers beyond the 99.5 % are in the last."""
     is_whole = values.dtype.kind == "i"
     low, high = float(values.min()), float(np.quantile(values, 0.995, method="nearest"))
     if is_whole:
@@ -108,10 +109,7 @@ def html_page(all_stats: Sequence[Stats], found: Sequence[Shared]) -> str:
         {
             "name": stats.name,
             "facts": facts(stats),
-            "charts": [
-                {"title": name, "bars": _placed(histogram(values))}
-                for name, values in distributions(stats)
-            ],
+            "charts": [_chart(name, values) for name, values in distributions(stats)],
             "commonest": stats.repeated_captions.commonest,
         }
         for stats in all_stats
@@ -120,20 +118,30 @@ def html_page(all_stats: Sequence[Stats], found: Sequence[Shared]) -> str:
     return environment.from_string(_PAGE).render(sections=sections, warnings=warnings(found))
 
 
+def _chart(name: str, values: np.ndarray) -> dict[str, Any]:
+    """A title, a line of numbers, and bars; no bars where all numbers are the same."""
+    numbers = quantiles(values)
+    if numbers[0] == numbers[-1]:
+        return {"title": name, "numbers": f"all {numbers[0]:.4g}", "bars": []}
+    said = ", ".join(f"{of}: {x:.4g}" for of, x in zip(_QUANTILES, numbers, strict=True))
+    return {"title": name, "numbers": said, "bars": _placed(histogram(values))}
+
+
 def _placed(bars: list[tuple[str, int]]) -> list[dict[str, Any]]:
-    """The bars in a drawing 480 wide, 110 of it high."""
-    width, most = 480 / len(bars), max(count for _, count in bars)
+    """The bars in a drawing; one of few numbers is a line, and not nothing."""
+    width, most = _WIDTH / len(bars), max(count for _, count in bars)
     every = -(-len(bars) // 8)
+    heights = [max(_HEIGHT * count / most, 2 * (count > 0)) for _, count in bars]
     return [
         {
             "x": f"{i * width:.1f}",
             "width": f"{max(width - 1, 1):.1f}",
-            "y": f"{110 - 110 * count / most:.1f}",
-            "height": f"{110 * count / most:.1f}",
-            "title": f"{label}: {count}",
+            "y": f"{_HEIGHT - height:.1f}",
+            "height": f"{height:.1f}",
+            "title": f"from {label}: {count:,}",
             "label": label if i % every == 0 else "",
         }
-        for i, (label, count) in enumerate(bars)
+        for i, ((label, count), height) in enumerate(zip(bars, heights, strict=True))
     ]
 
 
@@ -143,10 +151,13 @@ _PAGE = """<!doctype html>
 <style>
 :root { color-scheme: light dark }
 body { font: 15px/1.4 system-ui, sans-serif; margin: auto; max-width: 72rem; padding: 1rem }
-.charts { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)) }
-figure { margin: 0 }
-svg { width: 100% } rect { fill: #2563eb } text { fill: currentColor; font-size: 11px }
+.charts { display: grid; gap: 1.5rem; margin: 1.5rem 0 }
+.charts { grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)) }
+figure { margin: 0 } figcaption { font-weight: 600 }
+figcaption small { display: block; font-weight: 400; margin-bottom: .4rem; opacity: .75 }
+svg { width: 100% } rect { fill: #3b82f6 } text { fill: currentColor; font-size: 15px }
 td { padding: .1rem 1rem .1rem 0; vertical-align: top; overflow-wrap: anywhere }
+.number { font-variant-numeric: tabular-nums; text-align: right }
 .warning { border-left: 4px solid #d9480f; padding-left: .6rem }
 </style>
 <h1>Sources in numbers</h1>
@@ -162,22 +173,25 @@ td { padding: .1rem 1rem .1rem 0; vertical-align: top; overflow-wrap: anywhere }
 </table>
 <div class="charts">
 {% for chart in section.charts %}
-<figure><figcaption>{{ chart.title }}</figcaption>
-<svg viewBox="0 0 480 126" role="img" aria-label="{{ chart.title }}">
+<figure><figcaption>{{ chart.title }}<small>{{ chart.numbers }}</small></figcaption>
+{% if chart.bars %}
+<svg viewBox="0 0 480 140" role="img" aria-label="{{ chart.title }}: {{ chart.numbers }}">
 {% for bar in chart.bars %}
 <rect x="{{ bar.x }}" y="{{ bar.y }}" width="{{ bar.width }}" height="{{ bar.height }}">\
 <title>{{ bar.title }}</title></rect>
-{% if bar.label %}<text x="{{ bar.x }}" y="124">{{ bar.label }}</text>
+{% if bar.label %}<text x="{{ bar.x }}" y="136">{{ bar.label }}</text>
 {% endif %}
 {% endfor %}
-</svg></figure>
+</svg>
+{% endif %}
+</figure>
 {% endfor %}
 </div>
 {% if section.commonest %}
 <h3>Captions that occur most often</h3>
 <table>
 {% for text, count in section.commonest %}
-<tr><td>{{ count }}</td><td>{{ text }}</td></tr>
+<tr><td class="number">{{ "{:,}".format(count) }}</td><td>{{ text }}</td></tr>
 {% endfor %}
 </table>
 {% endif %}

@@ -6,8 +6,10 @@ Nothing here knows of batches, processes, workers or restarts, so none of them c
 
 import functools
 import math
+from typing import Any
 
 import numpy as np
+from numpy.random.bit_generator import ISeedSequence
 
 from capjax.data.captions import NoCaption
 from capjax.data.decode import ImageError
@@ -101,7 +103,18 @@ def substitute_index(seed: int, position: int, attempt: int, num_examples: int) 
 
 def position_rng(seed: int, position: int) -> np.random.Generator:
     """The random numbers of one position. Philox: distinct keys give independent streams."""
-    return np.random.Generator(np.random.Philox(key=np.array([mix(seed), position], np.uint64)))
+    key: Any = _Key(mix(seed), position)  # NumPy's types do not name such seeds
+    return np.random.Generator(np.random.Philox(key))
+
+
+class _Key(ISeedSequence):
+    """Philox's key. As its `key` it costs twice the time: NumPy then seeds it by the system too."""
+
+    def __init__(self, *words: int) -> None:
+        self._words = words
+
+    def generate_state(self, n_words: int, dtype: object = np.uint32) -> np.ndarray:
+        return np.array(self._words, np.uint64)
 
 
 def bad_reason(error: CorruptRecord | ImageError | NoCaption) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from capjax.checkpoint import find_steps, load_params, step_directory
+from capjax.checkpoint.reading import warn
 from capjax.data.captions import clean_text
 from capjax.data.decode import ImageError
 from capjax.data.images import ImagePreprocessing
@@ -388,6 +389,8 @@ def load(path: str | os.PathLike, step: int | None = None, mesh: Mesh | None = N
             f"the checkpoint {path} does not describe a model of this version of capjax "
             f"({error}); it was written by capjax {loaded.metadata['versions'].get('capjax')}"
         ) from error
+    if other := preprocessing.other_pixels(loaded.metadata.get("pixels_by", {})):
+        warn(f"{path}: {other}")
     model = LoadedModel(
         towers=towers,
         params=loaded.params,

@@ -65,7 +65,7 @@ def read_preprocessing(
                 f"{' x '.join(map(str, sides))}, the model's image_size"
             )
     fields = {"image_size": image_size, "mode": "crop" if crop else "stretch"}
-    fields |= {"antialias": True, "resample": _RESAMPLE[found["resample"]]}
+    fields |= {"antialias": True, "resample": _RESAMPLE[found["resample"]], "exact": True}
     if not found["do_normalize"]:
         found |= {"image_mean": (0.0,) * 3, "image_std": (1.0,) * 3}
     statistics = {

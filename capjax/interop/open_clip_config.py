@@ -157,7 +157,7 @@ def read_preprocessing(
                 f"open_clip_config.json: {name}={found[name]!r}: choose one of {choices}"
             )
     preprocessing = {"image_size": image_size, "mode": _MODES[found["resize_mode"]]}
-    preprocessing |= {"antialias": True, "resample": found["interpolation"]}
+    preprocessing |= {"antialias": True, "resample": found["interpolation"], "exact": True}
     return preprocessing, {"image_mean": tuple(found["mean"]), "image_std": tuple(found["std"])}
 
 

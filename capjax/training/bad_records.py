@@ -1,52 +1,101 @@
-"""`bad_records.jsonl` of a workdir: the examples that training could not use, by stream position.
+"""What training could not use: `bad_records.jsonl` of a workdir, and the number of such records.
 
-One file for each process that reads: `bad_records.jsonl`, `bad_records-1.jsonl`, … A resume drops
-the lines from its position on, which will come again.
+One file for each process that reads: `bad_records.jsonl`, `bad_records-1.jsonl`, … All is by the
+position in the stream: a resume drops the lines from its position on, which will come again, and
+the counts are those of the records before a position, whatever the processes and restarts.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 
+import jax
+import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
-from capjax.data.batches import BadRecord
+from capjax.data.batches import BadRecord, check_budget
 from capjax.training.workdir import is_remote, write_atomic
 
+_NAME = "bad_records"
+_COUNTS_BYTES = 4096  # of the few reasons that there are, as JSON
 
-def open_bad_records(
-    workdir: epath.PathLike, process_index: int, start: int
-) -> Callable[[Sequence[BadRecord]], None]:
-    """What adds records to the file of this process, of a run that goes on at position `start`.
 
-    The first process trims all files, whatever the number of processes before.
+class BadRecords:
+    """The bad records of a run that goes on at position `start`.
+
+    `process_index` and `process_count` are JAX's unless given. A process keeps the file of its
+    number; the first also those of processes that are no more.
     """
-    root = epath.Path(workdir)
-    suffix = f"-{process_index}" if process_index else ""
-    path = root / f"bad_records{suffix}.jsonl"
-    if process_index == 0:
-        for found in sorted(root.glob("bad_records*.jsonl")):
-            _trim(found, start)
 
-    def add(records: Sequence[BadRecord]) -> None:
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        start: int,
+        bad_budget: float = 1.0,
+        *,
+        process_index: int | None = None,
+        process_count: int | None = None,
+    ) -> None:
+        index = jax.process_index() if process_index is None else process_index
+        self._process_count = jax.process_count() if process_count is None else process_count
+        self._root, self._budget = epath.Path(workdir), bad_budget
+        self._path = self._root / f"{_NAME}{f'-{index}' if index else ''}.jsonl"
+        self._before: Counter[str] = Counter()
+        self._ahead: list[BadRecord] = []
+        for path in sorted(self._root.glob(f"{_NAME}*.jsonl")):
+            number = int(path.stem.removeprefix(_NAME).lstrip("-") or 0)
+            if number == index or (index == 0 and number >= self._process_count):
+                self._before.update(_trim(path, start))
+
+    def add(self, records: Sequence[BadRecord]) -> None:
+        """Adds those of this process to its file."""
         if not records:
             return
+        self._ahead += records
         lines = "".join(json.dumps(record._asdict()) + "\n" for record in records)
-        if is_remote(path):  # it cannot append; there are few such records, or the run stops
-            write_atomic(path, (path.read_text() if path.exists() else "") + lines)
+        if is_remote(self._path):  # it cannot append; there are few such records, or the run stops
+            kept = self._path.read_text() if self._path.exists() else ""
+            write_atomic(self._path, kept + lines)
             return
-        with path.open("a") as file:
+        with self._path.open("a") as file:
             file.write(lines)
 
-    return add
+    def count(self, position: int) -> Counter[str]:
+        """Reason -> number of records before a position of the stream, over all processes.
+
+        Every process must ask, for the same position, and for none before the last.
+        """
+        self._before.update(record.reason for record in self._ahead if record.position < position)
+        self._ahead = [record for record in self._ahead if record.position >= position]
+        return _summed(self._before) if self._process_count > 1 else Counter(self._before)
+
+    def metrics(self, position: int) -> dict[str, int]:
+        """The same by name of a metric ("bad/no_caption"). Raises `DataError` beyond the budget."""
+        counts = self.count(position)
+        named = f"they are named in {self._root / _NAME}*.jsonl"
+        check_budget(counts, position, self._budget, named)
+        return {f"bad/{reason.replace(' ', '_')}": count for reason, count in counts.items()}
 
 
-def _trim(path: epath.Path, start: int) -> None:
-    kept = []
+def _summed(counts: Counter[str]) -> Counter[str]:
+    text = json.dumps(counts).encode().ljust(_COUNTS_BYTES)
+    with jax.transfer_guard("allow"):
+        rows = multihost_utils.process_allgather(np.frombuffer(text, np.uint8))
+    return sum((Counter(json.loads(row.tobytes())) for row in rows), Counter())
+
+
+def _trim(path: epath.Path, start: int) -> Counter[str]:
+    """Leaves the lines of positions before `start`, and counts them by reason."""
+    kept, counts = [], Counter[str]()
     for line in path.read_text().splitlines():
         try:
-            is_before = json.loads(line)["position"] < start
+            record = json.loads(line)
+            is_before, reason = record["position"] < start, record["reason"]
         except (ValueError, KeyError, TypeError):  # torn by a kill
             continue
         if is_before:
             kept.append(line + "\n")
+            counts[reason] += 1
     write_atomic(path, "".join(kept))
+    return counts

@@ -86,7 +86,7 @@ def train(
     progress: Progress | None = None,
     tracer: Tracer | None = None,
     flops_per_image: float = 0.0,
-    host_metrics: Callable[[], Mapping[str, SupportsFloat]] = dict,
+    host_metrics: Callable[[int], Mapping[str, SupportsFloat]] = lambda step: {},
 ) -> tuple[State, TrainSummary]:
     """Trains from `start_step` updates to `total_steps`; returns the state and a summary.
 
@@ -103,7 +103,8 @@ def train(
       writers: get `train/...` every `log_every_steps` and at the end, and `eval/<name>/...`; they
         are flushed before each save, so that no checkpoint is ahead of its metrics.
       flops_per_image: FLOPs of the model, forward and backward.
-      host_metrics: more metrics, asked for whenever `train/...` is written.
+      host_metrics: step -> more metrics, asked for whenever `train/...` is written, in every
+        process alike.
 
     Raises `NonFiniteLoss` naming the step, with what was saved before it kept. The part between
     evaluations runs under `transfer_guard("disallow")`: implicit transfers are errors there, but
@@ -173,7 +174,7 @@ class _Log:
     clock: Throughput
     flops_per_image: float = 0.0
     peak: float | None = None
-    host_metrics: Callable[[], Mapping[str, SupportsFloat]] = dict
+    host_metrics: Callable[[int], Mapping[str, SupportsFloat]] = lambda step: {}
     late: tuple[int, Metrics] | None = None
     saved_step: int | None = None
     last_step: int = 0
@@ -214,7 +215,7 @@ class _Log:
         is_finite = math.isfinite(self.loss) and not values.get("nonfinite")
         is_last = step == self.total_steps or not is_finite
         if is_last or step % self.every_steps == 0:
-            self.write(step, "train/", {**values, **self.rates(), **self.host_metrics()})
+            self.write(step, "train/", {**values, **self.rates(), **self.host_metrics(step)})
         self.show(step, always=is_last or step == self.start_step + 1)
         if not is_finite:
             raise NonFiniteLoss(step, values, self.saved_step)

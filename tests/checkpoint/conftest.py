@@ -16,6 +16,7 @@ from capjax.mesh import MeshShape, make_mesh
 RUN = RunInfo(
     config={"seed": 1, "model": {"width": 8}, "styles": ["fluent"]},
     preprocessing={"image_size": 64},
+    pixels_by={"resizer": "pillow"},
     tokenizer_model=bytes(range(256)) * 4,
 )
 

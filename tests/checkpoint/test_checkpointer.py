@@ -81,6 +81,7 @@ def test_metadata_is_complete(tmp_path, mesh_of, state_of, run_info, open_checkp
     assert (metadata["step"], metadata["examples_seen"]) == (10, 640)
     assert metadata["config"] == run_info.config
     assert metadata["preprocessing"] == run_info.preprocessing
+    assert metadata["pixels_by"] == run_info.pixels_by
     assert metadata["mesh"] == {"replica": 1, "data": 1, "fsdp": 2, "tensor": 4}
     assert metadata["versions"]["jax"] == jax.__version__
     assert {"capjax", "flax", "orbax-checkpoint", "python"} < metadata["versions"].keys()

@@ -56,8 +56,13 @@ def test_weights_and_bad_records_across_kills(command, tmp_path):
     assert {record["index"] for record in records} <= {3, 11}
     assert len(records) > 4
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
-    counted = sum(v for line in lines for name, v in line.items() if name.startswith("train/bad/"))
-    assert counted == len(records)
+    trained = [line for line in lines if "train/loss" in line]
+    for line in trained:
+        counted = sum(v for name, v in line.items() if name.startswith("train/bad/"))
+        assert counted == sum(record["position"] < 16 * line["step"] for record in records)
+    assert json.loads((whole / "summary.json").read_text())["bad_records"] == {
+        "not an image": len(records)
+    }
 
     process = start(*command, first, f"--workdir={cut}")
     wait_for_step(cut, 10, process)

@@ -1,9 +1,7 @@
 import sys
 
-import boto3
 import fsspec
 import pytest
-from moto.server import ThreadedMotoServer
 
 from capjax.data import files
 from capjax.errors import UserError
@@ -24,30 +22,11 @@ def folder(request, tmp_path):
     return f"file://{tmp_path}" if request.param == "file" else str(tmp_path)
 
 
-@pytest.fixture(scope="module")
-def server():
-    """A store on this machine that speaks S3."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    yield "http://{}:{}".format(*server.get_host_and_port())
-    server.stop()
-
-
 @pytest.fixture
-def bucket(server, monkeypatch):
-    for name, value in {
-        "AWS_ENDPOINT_URL": server,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="shards")
+def bucket(s3):
     for i in range(3):
-        client.put_object(Bucket="shards", Key=f"x/{i:03d}.tar", Body=b"0123456789" * (i + 1))
-    yield client
-    fsspec.filesystem("s3").invalidate_cache()
+        s3.put_object(Bucket="shards", Key=f"x/{i:03d}.tar", Body=b"0123456789" * (i + 1))
+    return s3
 
 
 def names(found, folder):
@@ -145,7 +124,7 @@ def test_s3_reads_as_a_disk_does(bucket):
     bucket.put_object(Bucket="shards", Key="x/001.tar", Body=b"9" * 20)
     assert len(files.expand("s3://shards/x/*.tar")) == 4, "listings of before are not believed"
     assert files.state(path).size == 20
-    assert files.state(path) != state
+    assert files.state(path, fresh=True) != state
 
 
 def test_store_out_of_reach_is_an_os_error(monkeypatch):
@@ -159,6 +138,34 @@ def test_store_out_of_reach_is_an_os_error(monkeypatch):
         files.state("memory://a")
     with pytest.raises(UserError, match="no credentials"):
         files.expand("memory://a/*")
+
+
+def test_reads_that_fail_are_tried_a_few_times(failing):
+    fsspec.filesystem("memory").pipe("/failing", b"0123456789")
+    for error in (TimeoutError("late"), ConnectionResetError(), RuntimeError("payload cut short")):
+        pauses = failing(3, error)
+        assert files.read_bytes("memory://failing", 3, 4) == b"3456"
+        assert len(pauses) == 3
+        assert sum(pauses) < 15
+    pauses = failing(4, TimeoutError("late"))
+    with pytest.raises(TimeoutError, match="late"):
+        files.read_bytes("memory://failing")
+    assert len(pauses) == 3, "then it is given up"
+    pauses = failing(1, FileNotFoundError("gone"))
+    with pytest.raises(FileNotFoundError):
+        files.read_bytes("memory://failing")
+    assert not pauses, "what is not there does not come by waiting"
+
+
+def test_a_remote_file_reads_and_seeks_as_a_local_one(failing, tmp_path):
+    (tmp_path / "x").write_bytes(b"0123456789")
+    fsspec.filesystem("memory").pipe("/failing", b"0123456789")
+    with files.RemoteFile("memory://failing") as far, (tmp_path / "x").open("rb", 0) as near:
+        for offset, whence in ((0, 0), (7, 0), (-2, 1), (-4, 2), (3, 2), (0, 0)):
+            failing(1, TimeoutError())
+            assert far.seek(offset, whence) == near.seek(offset, whence) == far.tell()
+            assert far.read(3) == near.read(3)
+        assert far.read() == near.read()
 
 
 def test_unknown_and_missing_storage_is_named(monkeypatch):

@@ -9,7 +9,9 @@ from PIL import Image
 
 from capjax.data import decode
 from capjax.data import resize as resizing
+from capjax.data.augmentation import Augment, augment_image
 from capjax.data.images import ImagePreprocessing
+from capjax.data.stream import position_rng
 
 
 def photo(height: int, width: int, seed: int) -> np.ndarray:
@@ -85,6 +87,45 @@ def test_other_filters_are_not_the_fast_ones(path):
     image = photo(70, 90, 0)
     wanted = Image.fromarray(image).resize((31, 29), Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(resizing.resize(image, (29, 31), resample="bicubic"), wanted)
+
+
+def test_exact_pixels_are_pillows(path):
+    image = photo(70, 90, 0)
+    wanted = Image.fromarray(image).resize((32, 32), Image.Resampling.BILINEAR)
+    preprocessing = ImagePreprocessing(32, exact=True)
+    np.testing.assert_array_equal(preprocessing.preprocess(image), wanted)
+    augment = Augment(crop_scale=(0.3, 0.6))
+    cropped = [
+        augment_image(image, "", ImagePreprocessing(32, exact=exact), augment, position_rng(0, 0))
+        for exact in (True, False)
+    ]
+    assert np.abs(cropped[0].astype(int) - cropped[1]).max() <= 1
+    assert (cropped[0] == cropped[1]).all() == (resizing._cykooz is None)
+
+
+def test_packages_that_make_other_pixels_are_told(monkeypatch):
+    monkeypatch.setattr(decode, "_simplejpeg", None)
+    monkeypatch.setattr(resizing, "_cykooz", None)
+    slow = ImagePreprocessing(8).made_by()
+    assert slow == {"decoder": "pillow", "resizer": "pillow"}
+    assert ImagePreprocessing(8).other_pixels(slow) == ImagePreprocessing(8).other_pixels({}) == ""
+    monkeypatch.setattr(resizing, "_cykooz", object())
+    for fields, by in (
+        ({}, "cykooz-resizer"),
+        ({"exact": True}, "pillow"),
+        ({"resample": "bicubic"}, "pillow"),
+        ({"antialias": False}, "capjax"),
+    ):
+        assert ImagePreprocessing(8, **fields).made_by()["resizer"] == by
+    assert ImagePreprocessing(8).other_pixels(slow) == (
+        "in training the resizer was pillow and is cykooz-resizer here: pixels may differ by a "
+        "grey level of 255; pip uninstall cykooz-resizer for the same"
+    )
+    fast = {"decoder": "simplejpeg", "resizer": "cykooz-resizer"}
+    assert ImagePreprocessing(8).other_pixels(fast) == (
+        "in training the decoder was simplejpeg and is pillow here: pixels may differ by a grey "
+        "level of 255; pip install simplejpeg for the same"
+    )
 
 
 def test_threads_do_not_disturb_one_another(path):

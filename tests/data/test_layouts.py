@@ -13,13 +13,18 @@ from capjax.errors import UserError
         ("a.csv?images=a+b/c%20d", ("csv", "a.csv", {"images": "a+b/c d"})),
         ("s3://x/{00..09}.tar", ("webdataset", "s3://x/{00..09}.tar", {})),
         ("shards/?.tar", ("webdataset", "shards/?.tar", {})),
+        ("gs://x/prepared", ("shards", "gs://x/prepared", {})),
+        (
+            "s3://x/*.array_record?cache_gb=5",
+            ("shards", "s3://x/*.array_record", {"cache_gb": "5"}),
+        ),
     ],
 )
 def test_a_layout_a_path_and_options(name, parts):
     assert parse_address(name) == parts
 
 
-@pytest.mark.parametrize("name", ["emoji:train", "photos", "gs://bucket/photos", "x.array_record"])
+@pytest.mark.parametrize("name", ["emoji:train", "photos", "x.array_record"])
 def test_what_no_layout_opens_is_left_to_others(name):
     assert parse_address(name) is None
 

@@ -144,9 +144,20 @@ def test_the_page_is_sound_and_escaped(source):
     tags = Tags()
     tags.feed(page)
     assert tags.counts["svg"] == 2 * 6
+    assert "least: 0, 1 %: 0, median: 1, 99 %: 2, most: 2" in page  # captions an image
     assert "b" not in tags.counts
     assert "script" not in tags.counts
     assert page.count("warning: ") == 1
+
+
+def test_a_distribution_of_one_number_is_said_and_not_drawn(tmp_path):
+    files = {"a": picture(0), "b": picture(0, format="JPEG")}
+    examples = [Example(name, data, (Caption("a dog"),)) for name, data in files.items()]
+    stats = measure(ArrayRecordSource(write_shards(examples, tmp_path, "x", 10)), "alike")
+    page = html_page([stats], [])
+    assert page.count("<svg") == page.count("<figure>") - 4 == 1  # bytes an image
+    assert page.count("all 9<") == 1
+    assert re.findall(r'height="([\d.]+)"', page)[0] == "120.0"
 
 
 def test_the_command_prints_and_writes(source, tmp_path, capsys):

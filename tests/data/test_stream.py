@@ -1,10 +1,11 @@
 import itertools
 from collections import Counter
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capjax.data.stream import block_example_index, example_index
+from capjax.data.stream import block_example_index, example_index, mix, position_rng
 
 seeds = st.integers(0, 2**63)
 epochs = st.integers(0, 2**20)
@@ -21,6 +22,15 @@ def epoch_order(seed, epoch, count, block_size, window):
 def test_order_of_examples_is_as_it_was():
     """A run that goes on after an update of capjax reads on where it stood."""
     assert [example_index(3, p, 10) for p in range(12)] == [6, 0, 3, 9, 2, 1, 7, 5, 8, 4, 5, 0]
+
+
+@given(seeds, st.integers(0, 2**64 - 1))
+def test_random_numbers_of_a_position_are_those_of_philox_with_its_key(seed, position):
+    key = np.array([mix(seed), position], np.uint64)
+    ours, want = position_rng(seed, position).bit_generator, np.random.Philox(key=key)
+    for generator in (ours, ours.jumped(2)):
+        np.testing.assert_array_equal(generator.random_raw(9), want.random_raw(9))
+        want = np.random.Philox(key=key).jumped(2)
 
 
 @given(seeds, epochs, counts, blocks, windows)

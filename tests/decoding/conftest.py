@@ -110,6 +110,7 @@ def run_directory(tmp_path_factory):
         config={"model": {"captioner": dataclasses.asdict(config)}, "seed": 5},
         preprocessing=dataclasses.asdict(preprocessing),
         tokenizer_model=tokenizer.model_bytes,
+        pixels_by=preprocessing.made_by(),
     )
     workdir = tmp_path_factory.mktemp("run")
     initial = Captioner(config).init(jax.random.key(0))

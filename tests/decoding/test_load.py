@@ -10,6 +10,7 @@ from PIL import Image
 
 import capjax
 from capjax.checkpoint import load_params
+from capjax.data import resize
 from capjax.decoding import generate as generate_module
 from capjax.decoding.load import load
 from capjax.decoding.score import score
@@ -49,6 +50,15 @@ def test_everything_comes_from_the_checkpoint(captioner, run_directory):
     assert captioner.model.config.vocab_size == captioner.tokenizer.vocab_size
     assert captioner.preprocessing.mode == "pad"
     jax.tree.map(np.testing.assert_array_equal, captioner.params, kept.params)
+
+
+def test_pixels_that_other_packages_make_here_are_told(run_directory, monkeypatch, capsys):
+    load(run_directory)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(resize, "_cykooz", object() if resize._cykooz is None else None)
+    load(run_directory)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"capjax: warning: {run_directory}: in training the resizer was ")
 
 
 def test_an_older_step_by_number_or_path(run_directory, captioner):

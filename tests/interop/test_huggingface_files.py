@@ -114,6 +114,7 @@ def test_round_trip(make, safetensors, tmp_path):
         "mode": "crop",
         "resample": "bilinear",
         "antialias": True,
+        "exact": True,
         "image_size": 8,
     }
     assert again.notes == ()

@@ -1,4 +1,7 @@
-"""Image preprocessing against the processors of transformers (those on Pillow), to the bit."""
+"""Image preprocessing against the processors of transformers (those on Pillow), to the bit.
+
+With any resizer installed: what stands for theirs is `exact`.
+"""
 
 import json
 
@@ -74,6 +77,7 @@ def test_pixels_are_the_librarys(case, libraries, tmp_path):
 def test_the_library_reads_what_is_written(kind, name, mode, libraries, tmp_path):
     config = encoder(image_mean=(0.1, 0.2, 0.3), image_std=(0.4, 0.5, 0.6))
     fields = {"image_size": SIZE, "antialias": True, "mode": mode, "resample": "bilinear"}
+    fields["exact"] = True
     content = write_preprocessing(kind, config, fields)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
     theirs = processor_class(libraries, kind, name).from_pretrained(tmp_path)
@@ -104,7 +108,7 @@ def test_other_forms_of_the_file(kind, content, fields, tmp_path):
     name = "processor" if "image_processor" in content else "preprocessor"
     (tmp_path / f"{name}_config.json").write_text(json.dumps(content))
     found, _, notes = read_preprocessing(tmp_path, kind, SIZE)
-    assert found == {"image_size": SIZE, "antialias": True} | fields
+    assert found == {"image_size": SIZE, "antialias": True, "exact": True} | fields
     assert notes == []
 
 

@@ -12,10 +12,12 @@ and how much longer twice the layers take to compile. Seconds, from the start of
     import   the interpreter, JAX, and the modules that a run needs
     build    settings, mesh, tokenizer, shapes (capjax alone)
     init     parameters and optimizer state, with their compile
-    trace    tracing and lowering the step
+    trace    tracing and lowering the step: capjax does so, and compiles it, beside `init`
     compile  compiling it, or finding it in the cache
+    wait     for the compile, after all else (capjax alone)
     step     running it once
     other    workdir, checkpointer, writers, the first batch (capjax alone)
+    cpu      CPU-seconds of the process, in all its threads
 """
 
 import argparse
@@ -35,7 +37,8 @@ from unittest import mock
 from peers import Job, described
 
 TIMES_DEPTH = {"ours": 1, "ours_deep": 2}
-PARTS = ("import", "build", "init", "trace", "compile", "step", "other", "total")
+PARTS = ("import", "build", "init", "trace", "compile", "wait", "step", "other", "total", "cpu")
+ASIDE = ("trace", "compile")  # what capjax does in a thread
 
 
 class Stopwatch:
@@ -60,11 +63,12 @@ class Stopwatch:
 
         return call
 
-    def report(self, total: float) -> None:
+    def report(self, total: float, aside: tuple[str, ...] = ()) -> None:
         """Prints the parts, which end the process: nothing is saved."""
         parts = {name: round(self.parts.get(name, 0), 2) for name in PARTS}
-        parts["total"] = round(total, 2)
-        parts["other"] = round(total - sum(self.parts.values()), 2)
+        in_turn = sum(seconds for name, seconds in self.parts.items() if name not in aside)
+        parts |= {"total": round(total, 2), "other": round(total - in_turn, 2)}
+        parts["cpu"] = round(time.process_time(), 2)
         print(json.dumps(parts), flush=True)
         os._exit(0)
 
@@ -84,17 +88,35 @@ def start_ours(entry: str, job: Job, directory: Path) -> None:
 
     watch = Stopwatch()
     watch.parts["import"] = progress.process_age_s()
-    build_run = watch.timed("build", build.build_run)
+    build_run, compiled_ahead = watch.timed("build", build.build_run), train.compiled_ahead
 
-    def first_step(step, *args) -> None:
-        watch.first_step(step, *args)
-        watch.report(progress.process_age_s())
+    def lower(plan, *types):
+        lowered = watch.timed("trace", plan.train_step.lower)(*types)
 
-    def watched(*args):
+        def compiled(**options):
+            step = watch.timed("compile", lowered.compile)(**options)
+            return lambda *args: (time.perf_counter(), watch.timed("step", step)(*args))
+
+        return mock.Mock(compile=compiled)
+
+    def build_watched(*args):
         plan = build_run(*args)
-        return plan._replace(train_step=functools.partial(first_step, plan.train_step))
+        step = mock.Mock(lower=functools.partial(lower, plan))
+        return plan._replace(train_step=step)
 
-    mock.patch.object(build, "build_run", watched).start()
+    def watched_ahead(*args):
+        step = compiled_ahead(*args)
+
+        def first_step(*args) -> None:
+            begin = time.perf_counter()
+            ready, _ = step(*args)
+            watch.parts["wait"] = ready - begin
+            watch.report(progress.process_age_s(), ASIDE)
+
+        return first_step
+
+    mock.patch.object(build, "build_run", build_watched).start()
+    mock.patch.object(train, "compiled_ahead", watched_ahead).start()
     mock.patch.object(train, "first_state", watch.timed("init", train.first_state)).start()
     fields = {
         "data.source": "synthetic",

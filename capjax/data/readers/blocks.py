@@ -1,12 +1,9 @@
 """Large reads of remote files: blocks of bytes, the last of them kept in memory."""
 
 import threading
-import time
 from collections import OrderedDict
 
 from capjax.data.files import read_bytes
-
-_PAUSES = (0.5, 2.0, 8.0)  # seconds before a failed read is tried again
 
 
 class _Block:
@@ -36,7 +33,7 @@ class BlockCache:
             self._kept.move_to_end(name)
         with block.lock:
             if block.data is None:
-                block.data = read_again(path, start, stop)
+                block.data = read_whole(path, start, stop)
                 self._hold(name, len(block.data))
             return block.data
 
@@ -58,23 +55,8 @@ class BlockCache:
         self.__init__(limit)
 
 
-def read_again(path: str, start: int, stop: int) -> bytes:
-    """As `capjax.data.files.read_bytes`, tried a few times: a network fails for moments.
-
-    A record given up for such a moment would be replaced, and the run another. A file that is not
-    there is not tried again. Raises `OSError`, also where the file ends before `stop`.
-    """
-    for pause in _PAUSES:
-        try:
-            return _read_whole(path, start, stop)
-        except (FileNotFoundError, PermissionError):
-            raise
-        except OSError:
-            time.sleep(pause)
-    return _read_whole(path, start, stop)
-
-
-def _read_whole(path: str, start: int, stop: int) -> bytes:
+def read_whole(path: str, start: int, stop: int) -> bytes:
+    """The bytes [start, stop). Raises `OSError`, also where the file ends before `stop`."""
     data = read_bytes(path, start, stop - start)
     if len(data) != stop - start:
         raise OSError(f"the file ends before byte {stop}; it has changed since it was indexed")

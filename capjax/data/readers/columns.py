@@ -80,7 +80,9 @@ def take_captions(record: dict[str, Any], columns: Columns) -> list[tuple[str, s
 
 def caption_texts(value: object) -> list[str]:
     """The captions in a value: a text, a list of texts, or such a list written in JSON."""
-    if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
+    if isinstance(value, str):
+        if not (value.startswith("[") and value.endswith("]")):
+            return [text] if (text := value.strip()) else []
         try:
             parsed = json.loads(value)
         except (ValueError, RecursionError):

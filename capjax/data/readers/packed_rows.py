@@ -39,10 +39,11 @@ class PackedRows:
         """Packs a row; one that msgpack cannot hold becomes damaged."""
         if isinstance(row, Row):
             try:
-                captions = self._numbered(row.captions)
-                metadata = self._numbered(row.metadata.items())
-                key = None if row.key == row.image else row.key
-                self._data += self._packer.pack((row.image, captions, metadata, key))  # pyrefly: ignore[unsupported-operation]
+                key, image, captions, metadata = row
+                captions = self._numbered(captions)
+                metadata = self._numbered(metadata.items()) if metadata else ()
+                key = None if key == image else key
+                self._data += self._packer.pack((image, captions, metadata, key))  # pyrefly: ignore[unsupported-operation]
             except (OverflowError, ValueError, TypeError, RecursionError) as error:
                 self._packer = msgpack.Packer()  # what it had begun is still in its buffer
                 row = Damaged(_packing_failure(error))

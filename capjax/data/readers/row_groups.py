@@ -1,6 +1,7 @@
 """Row groups of Parquet files: where they are, and the last ones read, up to a number of bytes."""
 
 import contextlib
+import io
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,6 +9,8 @@ from typing import Any, NamedTuple
 
 from capjax.data import files
 from capjax.errors import UserError
+
+_READ_BYTES = 4 << 20  # of a remote file at once, so that small columns come together
 
 
 class RowGroups(NamedTuple):
@@ -83,9 +86,8 @@ def parquet_file(path: str) -> Iterator[Any]:
     with contextlib.ExitStack() as stack:
         where: Any = path
         if files.is_remote(path):
-            import fsspec
-
-            where = stack.enter_context(fsspec.open(path, "rb"))
+            remote = io.BufferedReader(files.RemoteFile(path), _READ_BYTES)
+            where = stack.enter_context(remote)
         yield stack.enter_context(parquet.ParquetFile(where))
 
 

@@ -194,7 +194,7 @@ def _json_records(path: str, file: io.BufferedReader) -> Iterator[tuple[tuple[st
         items = _json_list(path, file)
         yield from ((("item", number), item) for number, item in enumerate(items))
         return
-    number = 0
+    number, decode = 0, json.JSONDecoder().decode  # which `json.loads` calls, behind checks
     while line := file.readline(_LINE_LIMIT):
         number += 1
         if len(line) == _LINE_LIMIT:
@@ -204,7 +204,7 @@ def _json_records(path: str, file: io.BufferedReader) -> Iterator[tuple[tuple[st
             )
         if line.strip():
             try:
-                value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                value = decode(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except (ValueError, RecursionError) as error:
                 value = Damaged(f"not JSON: {error}")
             yield ("line", number), value

@@ -17,7 +17,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from capjax.data.files import FileState, expand, is_remote
-from capjax.data.readers.blocks import BlockCache, read_again
+from capjax.data.readers.blocks import BlockCache, read_whole
 from capjax.data.readers.tar_index import TEXTS, TarIndex, image_of
 from capjax.data.readers.tar_index_files import load_index
 from capjax.data.records import Caption, CorruptRecord, Example, checked_index
@@ -136,7 +136,7 @@ class WebDataset:
         first = (start + row) // self.block_size * self.block_size - start
         begin, stop = index.span(max(first, 0), min(first + self.block_size, len(index)))
         if stop - begin > _MAX_BLOCK_BYTES:
-            return [read_again(path, offset, offset + size) for offset, size in spans]
+            return [read_whole(path, offset, offset + size) for offset, size in spans]
         data = self.blocks.read(path, begin, stop)
         return [data[offset - begin : offset - begin + size] for offset, size in spans]
 

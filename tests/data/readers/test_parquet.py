@@ -246,6 +246,16 @@ def test_records_that_cannot_be_read_are_corrupt(tmp_path):
         open_source(path) and source[3]
 
 
+def test_remote_row_groups_are_read_again_where_a_read_fails(tmp_path, failing):
+    path = write(tmp_path / "t.parquet", {"jpg": [b"a", b"b"], "caption": ["x", "y"]})
+    fsspec.filesystem("memory").put(path, "/failing.parquet")
+    pauses = failing(2, ConnectionResetError())
+    source = open_source("memory://failing.parquet")
+    assert len(pauses) == 2
+    failing(3, TimeoutError())
+    assert source[1].image == b"b"
+
+
 def test_damaged_pages_are_corrupt_records(tmp_path):
     columns = {"jpg": [bytes(range(200)) * 9] * 4, "caption": ["some words"] * 4}
     path = tmp_path / "t.parquet"

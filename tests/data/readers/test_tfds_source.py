@@ -5,6 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image
 
 from capjax.data.records import Caption, CorruptRecord
@@ -21,9 +22,8 @@ def png(i):
 
 
 @pytest.fixture
-def data_dir(tmp_path, monkeypatch, require_module):
+def data_dir(tmp_path, monkeypatch):
     """A dataset of 7 examples with up to three captions each, prepared by tfds itself."""
-    tfds = require_module("tensorflow_datasets")
     # It asks a bucket of Google's what is known of a dataset that is being prepared.
     monkeypatch.setattr(tfds.core.DatasetInfo, "initialize_from_bucket", lambda _: None)
 
