@@ -24,7 +24,7 @@ from capjax.dims import Array
 from capjax.errors import UserError
 
 if TYPE_CHECKING:
-    from capjax.decoding.load import LoadedModel
+    from capjax.decoding.loaded_model import LoadedModel
 
 MAX_SEED = 2**32 - 1
 
