@@ -36,9 +36,13 @@ COMMANDS = {
         ),
     ),
     "caption": Command(
-        "Write captions for a folder of images or a dataset split.",
+        "Write captions for a folder of images, or for a whole corpus.",
         True,
-        ("capjax caption --checkpoint=runs/quickstart --input=photos --output=captions.jsonl",),
+        (
+            "capjax caption --checkpoint=runs/quickstart --input=photos --output=captions.jsonl",
+            "capjax caption --checkpoint=runs/web --input='{000..099}.tar' --output=captions "
+            "--num_beams=4 --num_captions=4 --format=parquet",
+        ),
     ),
     "serve": Command(
         "Serve a checkpoint over HTTP: POST an image, get captions; and a page to try it on.",

@@ -88,9 +88,10 @@ def run(args: argparse.Namespace) -> None:
     from capjax.commands import runtime
 
     runtime.start(args)
-    from capjax.commands import caption_job
+    from capjax.commands.caption_job import CaptionJob
 
+    job = CaptionJob(args, source, options, filters, all_full=not is_file)
     if is_file:
-        caption_job.to_file(args, source, options, filters, output)
+        job.to_file(output)
     else:
-        caption_job.to_directory(args, source, options, filters, output, share)
+        job.to_directory(output, share)

@@ -162,7 +162,7 @@ def test_the_flags_are_the_fields_and_their_help_the_docstrings(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(DecodingOptions):
         assert f"--{field.name} " in text
-    assert "texts after which a caption ends" in text
+    assert "--num_beams N beams an image (default 1)" in text
     assert "only tokens at least this fraction as probable as the most probable one (d" in text
 
 

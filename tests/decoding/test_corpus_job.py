@@ -190,6 +190,14 @@ def test_a_full_disk_is_one_line_and_the_job_goes_on_later(
     assert contents(path) == contents(finished)
 
 
+def test_nothing_readable_is_an_error_after_the_records(run_directory, tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(b"junk")
+    assert caption(run_directory, tmp_path / "photos", tmp_path / "a") == 2
+    assert "none of the 1 images" in capsys.readouterr().err
+    assert [set(record) for record in records(tmp_path / "a")] == [{"index", "key", "error"}]
+
+
 def test_wrong_options_leave_no_directory(run_directory, photos, tmp_path, capsys):
     for flag, message in [
         ("--max_length=13", "max_length=13: expected 1 to 12"),
