@@ -1,6 +1,7 @@
 """`capjax serve`: a checkpoint behind HTTP, with a page to try it on."""
 
 import argparse
+import logging
 import signal
 import socket
 import sys
@@ -112,11 +113,12 @@ def _serve(args: argparse.Namespace, limits, listener: socket.socket) -> None:
 
     from capjax.decoding.load import load
     from capjax.serving.app import make_app
-    from capjax.serving.captions import has_null_image
 
+    # Anyone can send what these loggers speak of.
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
     begin = time.monotonic()
     captioner = load(args.checkpoint, args.step)
-    if not has_null_image(captioner):
+    if not captioner.has_null_image:
         print(
             "capjax: warning: trained without image_dropout: guidance will be weak", file=sys.stderr
         )
@@ -132,7 +134,7 @@ def _serve(args: argparse.Namespace, limits, listener: socket.socket) -> None:
             http="h11",
             ws="none",
             lifespan="on",
-            log_level="warning",
+            log_level="error",
             access_log=False,
             server_header=False,
             proxy_headers=args.trusted_proxy is not None,

@@ -18,12 +18,12 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from capjax.data.decode import ImageError, decode_image
-from capjax.decoding.load import LoadedModel
+from capjax.decoding.loaded_model import LoadedModel
 from capjax.decoding.options import DecodingOptions
 from capjax.errors import UserError
 from capjax.serving import parameters
 from capjax.serving.batcher import Batcher
-from capjax.serving.captions import Record, has_null_image
+from capjax.serving.captions import Record
 from capjax.serving.limits import Limits, RateLimiter
 from capjax.serving.metrics import CONTENT_TYPE, Metrics
 from capjax.serving.upload import read_upload
@@ -121,7 +121,7 @@ class Service:
                 "step": self._captioner.step,
                 "image_size": self._captioner.preprocessing.image_size,
                 "max_length": self._captioner.model.config.text_length,
-                "has_null_image": has_null_image(self._captioner),
+                "has_null_image": self._captioner.has_null_image,
                 "max_bytes": limits.max_bytes,
                 "max_captions": limits.max_captions,
                 "max_beams": limits.max_beams,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from capjax.decoding.inputs import compiled_size
-from capjax.decoding.load import LoadedModel
+from capjax.decoding.loaded_model import LoadedModel
 from capjax.decoding.options import DecodingOptions
 from capjax.errors import UserError
 from capjax.serving.captions import Record, Structure, batch_key, caption_batch, structure
@@ -124,7 +124,7 @@ class Batcher:
             self.admit(options)
             rows = 1
             while rows <= self._limits.batch_size and not self._is_closing:
-                one = Parameters(options, seed=0, prefix_ids=(), key="")
+                one = Parameters(options, seed=0, prefix="", key="")
                 caption_batch(self._captioner, [image] * rows, [one] * rows, rows)
                 rows *= 2
 
@@ -164,8 +164,8 @@ class Batcher:
             for job in jobs:
                 job.record.set_exception(error)
             return
-        for job, record in zip(jobs, records, strict=True):
-            job.record.set_result(record)
         rows = compiled_size(len(jobs), self._limits.batch_size)
         captions = sum(len(record.get("captions", [record])) for record in records)
         self._metrics.batch_done(len(jobs), rows, captions, time.monotonic() - begin)
+        for job, record in zip(jobs, records, strict=True):
+            job.record.set_result(record)

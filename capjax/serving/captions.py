@@ -3,14 +3,9 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from capjax.data.tokenizer import PAD_ID
-from capjax.decoding.generate import FINISH_REASONS, Generated, generate
-from capjax.decoding.inputs import compiled_size, pad_rows
-from capjax.decoding.load import LoadedModel
+from capjax.decoding.loaded_model import LoadedModel
 from capjax.decoding.options import DecodingOptions
 from capjax.serving.parameters import Parameters
 
@@ -68,50 +63,14 @@ def caption_batch(
       batch_size: rows are padded to a power of two, at most this many.
     """
     options, seed = batch_key(parameters[0])
-    size = compiled_size(len(images), batch_size)
-    # Prefixes are forced in every batch, also where there are none: one program serves both.
-    forced_BL = np.full((len(images), options.max_length or 0), PAD_ID, np.int32)
-    for row, one in zip(forced_BL, parameters, strict=True):
-        row[: len(one.prefix_ids)] = one.prefix_ids
-    made = generate(
-        captioner.model,
-        captioner.params,
-        jnp.asarray(pad_rows(np.stack(images), size)),
-        options,
-        key=jax.random.key(seed),
-        index_B=jnp.zeros(size, jnp.int32),  # each is the first image of its own request
-        mask_B=jnp.asarray(np.arange(size) < len(images)),
-        forced_BL=jnp.asarray(pad_rows(forced_BL, size)),
-    )
-    made = jax.device_get(made)
-    return [_record(captioner, made, row, one) for row, one in enumerate(parameters)]
+    # Each is the first image of its own request, and its prefix, also an empty one, is forced: one
+    # program serves all.
+    starts = [{"key": one.key, "index": 0, "prefix": one.prefix} for one in parameters]
+    rows = zip(starts, images, strict=True)
+    made = captioner.stream(rows, options, seed=seed, batch_size=batch_size, prefix="")
+    return [_record(record, one) for record, one in zip(made, parameters, strict=True)]
 
 
-def _record(captioner: LoadedModel, made: Generated, row: int, parameters: Parameters) -> Record:
-    captions = [
-        {
-            "caption": captioner.tokenizer.decode(made.tokens_BSL[row, s].tolist()),
-            "logprob": float(made.logprobs_BSL[row, s].sum()),
-            "num_tokens": int(made.num_tokens_BS[row, s]),
-            "finish": FINISH_REASONS[made.finish_BS[row, s]],
-        }
-        for s in range(made.finish_BS.shape[1])
-        if FINISH_REASONS[made.finish_BS[row, s]] != "absent"
-    ]
-    return {
-        "key": parameters.key,
-        **captions[0],
-        "guidance_scale": parameters.options.guidance_scale,
-        "seed": parameters.seed,
-        **({"captions": captions} if parameters.options.num_captions > 1 else {}),
-    }
-
-
-def has_null_image(captioner: LoadedModel) -> bool:
-    """Whether the model learnt to write without an image, which guidance leads away from."""
-    objectives = captioner.config.get("objective", {})
-    return any(
-        fields.get("weight", 0) > 0 and fields.get("image_dropout", 0) > 0
-        for fields in objectives.values()
-        if isinstance(fields, dict)
-    )
+def _record(record: Record, parameters: Parameters) -> Record:
+    answer = {name: x for name, x in record.items() if name not in ("index", "prefix")}
+    return {**answer, "seed": parameters.seed}

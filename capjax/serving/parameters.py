@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from capjax.data.captions import clean_text
 from capjax.decoding.generate import check_options
-from capjax.decoding.load import MAX_SEED, LoadedModel
+from capjax.decoding.loaded_model import LoadedModel
 from capjax.decoding.options import DecodingOptions
+from capjax.decoding.stream import MAX_SEED
 from capjax.errors import UserError, did_you_mean
 from capjax.serving.limits import Limits
 
@@ -31,7 +31,7 @@ class Parameters(NamedTuple):
 
     options: DecodingOptions
     seed: int
-    prefix_ids: tuple[int, ...]  # without an end
+    prefix: str
     key: str
 
 
@@ -57,18 +57,12 @@ def parse(fields: Iterable[tuple[str, str]], captioner: LoadedModel, limits: Lim
     if not 0 <= seed <= MAX_SEED:
         raise UserError(f"seed={seed}: expected 0 to {MAX_SEED}")
     options = dataclasses.replace(options, max_length=check_options(captioner.model, options))
-    ids = _prefix_ids(found.get("prefix", ""), captioner, options)
-    return Parameters(options, seed, ids, found.get("key", "0"))
-
-
-def _prefix_ids(prefix: str, captioner: LoadedModel, options: DecodingOptions) -> tuple[int, ...]:
-    if not prefix:
-        return ()
-    text = clean_text(prefix, captioner.config.get("captions", {}).get("lower", False))
-    count, most = captioner.tokenizer.count(text), options.max_length or 0
-    if count > most:
-        raise UserError(f"prefix: its {count - 1} tokens leave no room in max_length={most}")
-    return tuple(captioner.tokenizer.encode(text, count)[: count - 1].tolist())
+    prefix = found.get("prefix", "")
+    count = len(captioner.token_ids(prefix)) if prefix else 0
+    if count >= (options.max_length or 0):
+        reason = f"leave no room in max_length={options.max_length}"
+        raise UserError(f"prefix: its {count} tokens {reason}")
+    return Parameters(options, seed, prefix, found.get("key", "0"))
 
 
 def _value(name: str, text: str) -> int | float | str:

@@ -1,8 +1,10 @@
-"""The body of a request: an image, alone or in a form."""
+"""The body of a request: an image, alone or in a form. Nothing of it is written to disk."""
 
 from typing import NamedTuple
 
-from starlette.datastructures import UploadFile
+from python_multipart import FormParser
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import Field, File, parse_options_header
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
@@ -22,27 +24,44 @@ async def read_upload(request: Request, max_bytes: int) -> Upload:
     Raises `HTTPException` 413 beyond `max_bytes`, before they are kept, and 400 without an image.
     """
     body = await _read_body(request, max_bytes)
-    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if kind != "multipart/form-data":
-        return _checked(Upload(body, []))
-
-    async def replay():
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    form_request = Request(request.scope, replay)
-    async with form_request.form(max_files=1, max_fields=MAX_FIELDS) as form:
-        parts = form.multi_items()
-        files = [value for _, value in parts if isinstance(value, UploadFile)]
-        fields = [(name, value) for name, value in parts if isinstance(value, str)]
-        if not files:
-            raise HTTPException(400, "the form has no file; send the image as one: -F image=@FILE")
-        return _checked(Upload(await files[0].read(), fields))
-
-
-def _checked(upload: Upload) -> Upload:
+    kind, options = parse_options_header(request.headers.get("content-type", ""))
+    if kind == b"multipart/form-data":
+        try:
+            upload = _read_form(body, options.get(b"boundary"))
+        except ValueError as error:
+            raise HTTPException(400, f"the form cannot be read: {error}") from error
+    else:  # whatever the client calls it: curl says that it sends a form
+        upload = Upload(body, [])
     if not upload.image:
         raise HTTPException(400, "there is no image; send its bytes as the body of the request")
     return upload
+
+
+def _read_form(body: bytes, boundary: bytes | None) -> Upload:
+    images: list[bytes] = []
+    fields: list[tuple[str, str]] = []
+
+    def on_file(file: File) -> None:
+        if images:
+            raise FormParserError("more than one file")
+        file.file_object.seek(0)
+        images.append(file.file_object.read())
+
+    def on_field(field: Field) -> None:
+        if len(fields) == MAX_FIELDS:
+            raise FormParserError(f"more than {MAX_FIELDS} fields")
+        name, value = field.field_name or b"", field.value or b""
+        fields.append((name.decode(errors="replace"), value.decode(errors="replace")))
+
+    in_memory = {"MAX_MEMORY_FILE_SIZE": len(body) + 1}
+    parser = FormParser(
+        "multipart/form-data", on_field, on_file, boundary=boundary, config=in_memory
+    )
+    parser.write(body)
+    parser.finalize()
+    if not images:
+        raise FormParserError("it has no file; send the image as one, -F image=@FILE")
+    return Upload(images[0], fields)
 
 
 async def _read_body(request: Request, max_bytes: int) -> bytes:

@@ -56,6 +56,29 @@ def test_requests_together_are_the_records_of_python_and_bad_ones_harm_none(capt
     assert counted(metrics, "capjax_request_seconds_count") == 8
 
 
+def test_no_damage_to_an_upload_is_the_servers_fault(captioner, pictures):
+    rng = np.random.default_rng(0)
+    form = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+    whole = form + pictures[0] + b"\r\n--x--\r\n"
+
+    def damaged(data: bytes) -> bytes:
+        changed = np.frombuffer(data, np.uint8)[: rng.integers(1, len(data))].copy()
+        changed[rng.integers(0, len(changed), 3)] = rng.integers(0, 256, 3)
+        return changed.tobytes()
+
+    async def conversation(client, batcher):
+        headers = {"Content-Type": "multipart/form-data; boundary=x"}
+        posts = [client.post("/caption", content=damaged(pictures[0])) for _ in range(50)]
+        posts += [
+            client.post("/caption", content=damaged(whole), headers=headers) for _ in range(50)
+        ]
+        return await asyncio.gather(*posts, client.post("/caption", content=whole, headers=headers))
+
+    *answers, last = talk(captioner, conversation, max_requests=200)
+    assert {answer.status_code for answer in answers} <= {200, 400, 413, 415, 422}
+    assert last.status_code == 200
+
+
 def test_forms_queries_and_raw_bodies(captioner, pictures):
     async def conversation(client, batcher):
         image = {"image": ("a.png", pictures[0])}

@@ -18,7 +18,7 @@ WAIT = 60.0
 
 
 def asked(key="", seed=0, **fields):
-    return Parameters(DecodingOptions(max_length=12, **fields), seed, (), key)
+    return Parameters(DecodingOptions(max_length=12, **fields), seed, "", key)
 
 
 class Device:

@@ -1,14 +1,12 @@
 """Parameters, and one batch of requests, against the same captioner used from Python."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
 from capjax.decoding import generate as generate_module
 from capjax.errors import UserError
 from capjax.serving import parameters
-from capjax.serving.captions import batch_key, caption_batch, has_null_image, structure
+from capjax.serving.captions import batch_key, caption_batch, structure
 from capjax.serving.limits import Limits
 
 
@@ -114,19 +112,6 @@ def test_the_structure_is_all_that_is_compiled(captioner, parse, images):
         assert compiled(fields) == is_new, fields
         structures.append(structure(parse(max_length=3, **fields).options))
     assert len(set(structures)) == 5
-
-
-def test_whether_guidance_was_learnt(captioner):
-    def trained(**objective):
-        config = {**captioner.config, "objective": objective}
-        return has_null_image(dataclasses.replace(captioner, config=config))
-
-    assert not has_null_image(captioner)  # converted weights say nothing
-    assert trained(captioning={"weight": 1.0, "image_dropout": 0.1})
-    assert not trained(captioning={"weight": 1.0, "image_dropout": 0.0})
-    assert not trained(
-        captioning={"weight": 0.0, "image_dropout": 0.1}, contrastive={"weight": 1.0}
-    )
 
 
 def test_images_arrive_as_the_model_wants_them(images):
