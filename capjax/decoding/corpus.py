@@ -89,7 +89,7 @@ def row_reader(
         about, image = read_example(index)
         content = b""
         if dedupe and isinstance(image, np.ndarray):
-            content = hashlib.blake2b(image.data, digest_size=16).digest()
+            content = hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16).digest()
         return Row({"index": index, **about}, image, content)
 
     return read

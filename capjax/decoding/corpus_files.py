@@ -4,7 +4,6 @@ A shard is a range of the input. It appears whole or not at all, and only after 
 so what a killed process leaves is whole shards, and leftovers that its successor deletes.
 """
 
-import contextlib
 import errno
 import fcntl
 import json
@@ -152,9 +151,13 @@ class ShardDirectory:
         if not path.exists():
             mine = self.path / _FACTS / f"job.{os.getpid()}.tmp"
             write_atomic(mine, json.dumps(self.job, indent=1) + "\n")
-            with contextlib.suppress(FileExistsError):  # another process was quicker
+            try:
                 path.hardlink_to(mine)
-            mine.unlink()
+            except FileExistsError:  # another process was quicker
+                pass
+            except OSError:  # a file system without links
+                mine.replace(path)
+            mine.unlink(missing_ok=True)
         try:
             kept = json.loads(path.read_text())
         except ValueError as error:

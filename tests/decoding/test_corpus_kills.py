@@ -36,20 +36,19 @@ def test_twenty_kills_change_nothing(run_directory, tmp_path):
     rng = random.Random(0)
     made, kills_at_work = 0, 0
     for kill in range(KILLS):
-        process = subprocess.Popen(
-            command(run_directory, path, *sampled),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        if kill % 4 == 3:  # at any time, most likely while it starts
-            time.sleep(rng.uniform(0, 6))
-        else:  # once it has added so many shards
-            target = made + rng.randint(1, COUNT // SHARD // KILLS)
-            while process.poll() is None and len(shards(path)) < target:
-                time.sleep(0.001)
-            time.sleep(rng.uniform(0, 0.02))
+        # Once it has added so many shards, or (every fourth) most likely while it still starts.
+        target = made + rng.randint(1, COUNT // SHARD // KILLS)
+        limit_s = rng.uniform(0, 6) if kill % 4 == 3 else 120
+        with (tmp_path / "log").open("wb") as log:
+            job = command(run_directory, path, *sampled)
+            process = subprocess.Popen(job, stdout=log, stderr=log)
+        begin = time.monotonic()
+        while len(shards(path)) < target and time.monotonic() - begin < limit_s:
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.02))
         process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "the job was over before it was killed"
+        assert process.wait() == -signal.SIGKILL, (tmp_path / "log").read_text()
         kills_at_work += len(shards(path)) > made
         made = len(shards(path))
     assert kills_at_work >= KILLS // 2
