@@ -13,6 +13,7 @@ import jax
 
 from capjax.checkpoint import find_steps, step_directory
 from capjax.checkpoint.files import read_metadata, sha256
+from capjax.checkpoint.reading import warn
 from capjax.data.prepare_output import probe
 from capjax.data.sources import Source
 from capjax.decoding.corpus import Filters, row_reader
@@ -51,6 +52,8 @@ class CaptionJob:
         self.loaded = load(args.checkpoint, args.step, mesh)
         self.batch_size = args.batch_size * num_devices
         self.stream(())  # checks what it is given
+        if options.is_guided and not self.loaded.has_null_image:
+            warn("guidance of a model trained without image_dropout: captions are often bad")
 
     def stream(self, rows) -> Iterator[dict[str, Any]]:
         """The records of `rows`, as `LoadedModel.stream` completes them."""

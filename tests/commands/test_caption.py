@@ -156,6 +156,14 @@ def test_every_decoding_option_is_a_flag(run_directory, photos, tmp_path):
     assert all(record.get("caption", "a").startswith("a") for record in made)
 
 
+def test_guidance_of_a_model_that_never_missed_an_image_is_warned_of(
+    run_directory, photos, tmp_path, capsys
+):
+    assert caption(run_directory, photos, tmp_path / "a.jsonl", "--guidance_scale=1,1.5") == 0
+    assert "warning: guidance of a model trained without image_dropout" in capsys.readouterr().err
+    assert lines(tmp_path / "a.jsonl")[0]["guidance_scale"] == [1.0, 1.5]
+
+
 def test_the_flags_are_the_fields_and_their_help_the_docstrings(capsys):
     with pytest.raises(SystemExit):
         cli.main(["caption", "--help"])
