@@ -44,10 +44,10 @@ in front. SIGTERM finishes what is in progress."""
     )
     limits = parser.add_argument_group("limits")
     limits.add_argument(
-        "--max_megabytes", type=float, default=8.0, metavar="MB", help="of a body: 413 (8)"
+        "--max_megabytes", type=int, default=8, metavar="MB", help="of a body: 413 (8)"
     )
     limits.add_argument(
-        "--max_megapixels", type=float, default=32.0, metavar="MP", help="of an image: 413 (32)"
+        "--max_megapixels", type=int, default=32, metavar="MP", help="of an image: 413 (32)"
     )
     limits.add_argument(
         "--requests_per_minute", type=float, default=600.0, metavar="R", help="a client: 429 (600)"
@@ -77,20 +77,18 @@ def run(args: argparse.Namespace) -> None:
     from capjax.serving.limits import Limits
 
     limits = Limits(
-        max_bytes=int(args.max_megabytes * 2**20),
-        max_pixels=int(args.max_megapixels * 2**20),
+        max_bytes=args.max_megabytes << 20,
+        max_pixels=args.max_megapixels << 20,
         requests_per_minute=args.requests_per_minute,
         max_requests=args.max_requests,
         timeout_s=args.timeout,
         batch_size=args.batch_size,
         wait_s=args.wait_ms / 1000,
     )
-    listener = _listen(args.host, args.port)
-
     from capjax.commands import runtime
 
-    runtime.start(args)
-    with listener:
+    with _listen(args.host, args.port) as listener:
+        runtime.start(args)
         _serve(args, limits, listener)
 
 
