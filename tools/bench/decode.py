@@ -69,7 +69,7 @@ def hugging_face(job: Job, new_tokens: int) -> tuple[dict[str, Callable], dict[s
 
     transformers.logging.set_verbosity_error()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = vision_encoder_decoder(job._replace(text_length=new_tokens + 8))
+    model: Any = vision_encoder_decoder(job._replace(text_length=new_tokens + 8))
     model = model.eval().to(device, getattr(torch, job.dtype))
     model.generation_config.update(decoder_start_token_id=1, pad_token_id=0, eos_token_id=2)
     shape = (job.batch_size, 3, job.image_size, job.image_size)
