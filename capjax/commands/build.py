@@ -1,6 +1,7 @@
 """From a config to the objects of the rooms: what `train` and `evaluate` build alike."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -117,7 +118,7 @@ def build_data(config: ConfigDict) -> DataPlan:
 def build_captions(config: ConfigDict) -> CaptionChoice:
     """Which captions are used, and for which sources of the mixture others. Raises `UserError`."""
     section = dict(config.captions)
-    named, mixture = section.pop("datasets", {}), config.data.get("mixture", {})
+    named, mixture = section.pop("datasets", None) or {}, config.data.get("mixture", {})
     datasets = {}
     for name, fields in named.items():
         field = f"captions.datasets.{name}"
@@ -147,6 +148,9 @@ def _caption_choice(section: dict[str, Any]) -> CaptionChoice:
     """Of one source: `captions.sources` (none: all), weighed by `captions.weights`."""
     section = dict(section)
     sources, weights = section.pop("sources") or (), section.pop("weights") or ()
+    for name, value in (("sources", sources), ("weights", weights)):
+        if not isinstance(value, list | tuple):
+            raise UserError(f"captions.{name}={value!r}: expected a list, such as ({value!r},)")
     if weights and len(weights) != len(sources):
         raise UserError(
             f"captions.weights={tuple(weights)} for captions.sources={tuple(sources)}: expected as "
@@ -257,7 +261,8 @@ def training_batches(
         augment=plan.augment,
         captions=data.captions,
         reading=data.reading,
-        bad_budget=config.data.bad_budget if jax.process_count() == 1 else 1.0,
+        # Several processes stop together, by the count of all of them (`BadRecords`).
+        bad_budget=config.data.bad_budget if jax.process_count() == 1 else math.inf,
         on_bad=on_bad,
         **shared,
     )

@@ -150,6 +150,8 @@ def check_counts(config: ConfigDict, mesh: Mesh) -> None:
         value: Any = functools.reduce(lambda part, key: part[key], name.split("."), config)
         if value < low:
             raise UserError(f"{name}={value}: expected at least {low}")
+    if config.data.bad_budget > 1:
+        raise UserError(f"data.bad_budget={config.data.bad_budget}: expected a share, 0 to 1")
 
 
 def build_optimizer(config: ConfigDict, num_examples: int | None) -> tuple[OptimizerConfig, int]:

@@ -191,10 +191,10 @@ def _override_own(config: ConfigDict, sections: list[str], key: str, value: str)
     if key not in known or key == child:
         hint = did_you_mean(key, known) or f"; its fields are {', '.join(known)}"
         raise UserError(f"--config.{name}={value}: no such field{hint}")
-    before = known[child].get(of, {})
+    before = known.get(child, {}).get(of, {})
     parsed = parse_value(value, known[key], known.get_type(key), name)
     with config.unlocked():
-        known[child][of] = ConfigDict({**before, key: parsed})
+        known[child] = ConfigDict({**known.get(child, {}), of: {**before, key: parsed}})
 
 
 def _nearest(config: ConfigDict, name: str) -> str:

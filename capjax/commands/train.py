@@ -40,11 +40,13 @@ def run(args: argparse.Namespace) -> None:
         runtime.start(args)
 
         from capjax.commands.build import build_run
+        from capjax.data.layouts import without_caches
         from capjax.training.workdir import open_workdir
 
         plan = build_run(config, args.workdir)
     check_schedule(config, args.workdir)
-    with open_workdir(args.workdir, settings.resolved_dict(config), MAY_CHANGE) as workdir:
+    resolved = settings.resolved_dict(config)
+    with open_workdir(args.workdir, resolved, MAY_CHANGE, without_caches) as workdir:
         train_run(plan, workdir)
 
 
@@ -178,7 +180,10 @@ def compiled_ahead(plan, root, stack):
                 lowered = plan.train_step.lower(*plan.abstract_inputs())
             return lowered.compile()
 
-    step = stack.enter_context(ThreadPoolExecutor(1)).submit(compiled)
+    pool = ThreadPoolExecutor(1)
+    # An error is said at once, not when a compilation of minutes has ended.
+    stack.push(lambda kind, *_: pool.shutdown(wait=kind is None, cancel_futures=True))
+    step = pool.submit(compiled)
     return lambda *args: step.result()(*args)
 
 

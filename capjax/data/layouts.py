@@ -8,7 +8,7 @@ addresses are of shards.
 import difflib
 import importlib
 import re
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qsl
 
 from capjax.data.files import is_remote
@@ -100,6 +100,22 @@ def parse_address(name: str) -> Address | None:
     if not path:
         raise UserError(f"source {name!r}: expected a path behind {layout}:")
     return Address(layout, path, options)
+
+
+def without_caches(name: Any) -> Any:
+    """The address without what says how it is cached, which no example depends on.
+
+    Anything else is returned as it is.
+    """
+    try:
+        address = parse_address(name) if isinstance(name, str) else None
+    except UserError:
+        return name
+    if address is None:
+        return name
+    caches = ("cache", "cache_gb", "cache_megabytes")
+    kept = {option: value for option, value in address.options.items() if option not in caches}
+    return address._replace(options=kept)
 
 
 def open_address(address: Address) -> "Source":

@@ -13,6 +13,7 @@ a whole batch per element took a fifth to a third less time than making and join
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -97,7 +98,7 @@ def train_batches(
     and `DataError` from the iterator.
     """
     _check(source, text_length, batch_size, process_index, process_count)
-    if start < 0 or seed < 0 or not 0 <= bad_budget <= 1:
+    if start < 0 or seed < 0 or not (0 <= bad_budget <= 1 or bad_budget == math.inf):
         raise UserError(
             f"start={start}, seed={seed}, bad_budget={bad_budget}: expected start >= 0, "
             "seed >= 0 and a budget from 0 to 1"

@@ -6,6 +6,7 @@ the counts are those of the records before a position, whatever the processes an
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -44,7 +45,10 @@ class BadRecords:
         self._before: Counter[str] = Counter()
         self._ahead: list[BadRecord] = []
         for path in sorted(self._root.glob(f"{_NAME}*.jsonl")):
-            number = int(path.stem.removeprefix(_NAME).lstrip("-") or 0)
+            match = re.fullmatch(rf"{_NAME}(?:-(\d+))?", path.stem)
+            if match is None:  # a copy that somebody made
+                continue
+            number = int(match[1] or 0)
             if number == index or (index == 0 and number >= self._process_count):
                 self._before.update(_trim(path, start))
 
@@ -91,7 +95,7 @@ def _trim(path: epath.Path, start: int) -> Counter[str]:
     for line in path.read_text().splitlines():
         try:
             record = json.loads(line)
-            is_before, reason = record["position"] < start, record["reason"]
+            is_before, reason = record["position"] < start, str(record["reason"])
         except (ValueError, KeyError, TypeError):  # torn by a kill
             continue
         if is_before:

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +52,17 @@ class Workdir:
 
 
 def open_workdir(
-    path: epath.PathLike, config: Mapping[str, Any], may_change: Sequence[str] = ()
+    path: epath.PathLike,
+    config: Mapping[str, Any],
+    may_change: Sequence[str] = (),
+    what_counts: Callable[[Any], Any] = lambda value: value,
 ) -> Workdir:
     """Opens `path` for writing: makes it, or resumes the run that is in it.
 
     `config` is the resolved configuration (nested, JSON values); it is kept in `config.json`. Where
     one is there already, only fields that match a glob of `may_change` ("log_every_steps",
-    "checkpoint.*") may differ; their new values are written. Processes other than the first change
+    "checkpoint.*") may differ, and those of which `what_counts` is equal; their new values are
+    written. Processes other than the first change
     and check nothing. Raises `UserError` where another process writes here, another field differs,
     or the path cannot be a workdir; an error leaves no new workdir behind.
     """
@@ -73,7 +77,9 @@ def open_workdir(
         root.mkdir(parents=True, exist_ok=True)
         lock = _take_lock(root)
         is_new = not (root / "config.json").exists()
-        changes = () if is_new else _allowed_changes(root, json.loads(text), may_change)
+        changes = (
+            () if is_new else _allowed_changes(root, json.loads(text), may_change, what_counts)
+        )
         if is_new or changes:
             write_atomic(root / "config.json", text)
     except BaseException as error:
@@ -133,18 +139,24 @@ def _close_locks_in_child() -> None:
 os.register_at_fork(after_in_child=_close_locks_in_child)
 
 
-def _allowed_changes(root: epath.Path, config: dict, may_change: Sequence[str]) -> tuple[str, ...]:
+def _allowed_changes(
+    root: epath.Path,
+    config: dict,
+    may_change: Sequence[str],
+    what_counts: Callable[[Any], Any],
+) -> tuple[str, ...]:
     """What differs from the kept configuration. Raises `UserError` unless all of it may."""
     try:
         kept = json.loads((root / "config.json").read_text())
     except ValueError as error:
         message = f"{root / 'config.json'} is damaged ({error}); choose another --workdir"
         raise UserError(message) from error
-    changes = config_changes(kept, config)
+    changes, before, after = config_changes(kept, config), _flatten(kept), _flatten(config)
     refused = [
         f"{field}: {change}"
         for field, change in changes.items()
         if not any(fnmatch.fnmatchcase(field, pattern) for pattern in may_change)
+        and what_counts(before.get(field, _ABSENT)) != what_counts(after.get(field, _ABSENT))
     ]
     if refused:
         raise UserError(

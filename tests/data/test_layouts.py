@@ -2,7 +2,7 @@
 
 import pytest
 
-from capjax.data.layouts import parse_address
+from capjax.data.layouts import parse_address, without_caches
 from capjax.errors import UserError
 
 
@@ -34,3 +34,15 @@ def test_options_and_paths_that_are_none():
         parse_address("a.csv?image_dir=x")
     with pytest.raises(UserError, match="expected a path behind coco:"):
         parse_address("coco:")
+
+
+def test_how_an_address_is_cached_does_not_count():
+    for one, other in (
+        ("s3://b/p?cache_gb=20", "s3://b/p?cache_gb=40&cache=/scratch"),
+        ("a.parquet?cache_megabytes=5&caption=c", "a.parquet?caption=c"),
+        ("webdataset:a.tar?cache=x", "a.tar"),
+    ):
+        assert without_caches(one) == without_caches(other)
+    assert without_caches("a.csv?image=x") != without_caches("a.csv?image=y")
+    for value in ("emoji:train", 3, None, "a.csv?nothing=1"):
+        assert without_caches(value) == value

@@ -61,3 +61,10 @@ def test_a_run_stops_beyond_its_budget(tmp_path):
 def test_nothing_is_written_where_nothing_is_bad(tmp_path):
     BadRecords(tmp_path, 0).add([])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_copy_that_somebody_made_is_left_alone(tmp_path):
+    copy = tmp_path / "bad_records_copy.jsonl"
+    copy.write_text("mine")
+    assert BadRecords(tmp_path, 0).count(0) == {}
+    assert copy.read_text() == "mine"

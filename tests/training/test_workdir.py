@@ -158,3 +158,17 @@ def test_free_space(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"4\.00 GB needed on disk, 3\.00 GB free"):
         require_free_space(tmp_path / "not" / "there", 4 * 10**9)
     require_free_space("gs://bucket/run", 10**18)  # a store has no disk to fill
+
+
+def test_changes_that_do_not_count_are_allowed_and_written(workdir):
+    """`what_counts` of a value may be less than the value."""
+    open_workdir(workdir, {"source": "a?cache=1", "b": 1}).close()
+
+    def before_the_mark(value):
+        return value.partition("?")[0] if isinstance(value, str) else value
+
+    again = open_workdir(workdir, {"source": "a?cache=2", "b": 1}, (), before_the_mark)
+    assert again.changes == ('source: "a?cache=1" -> "a?cache=2"',)
+    again.close()
+    with pytest.raises(UserError, match=r'source: "a\?cache=2" -> "c"'):
+        open_workdir(workdir, {"source": "c", "b": 1}, (), before_the_mark)
