@@ -23,8 +23,19 @@ _MAX_RANGE = 1_000_000
 _MARKS = ("etag", "md5hash", "content_md5", "mtime", "updated", "lastmodified", "last_modified")
 _REQUESTS = 16  # at once, where many files are asked for
 _PAUSES = (0.5, 2.0, 8.0)  # seconds before a failed read is tried again
+# What a server refuses for good, by the status of HTTP.
+_REFUSED: dict[object, type[OSError]] = {
+    401: PermissionError,
+    403: PermissionError,
+    404: FileNotFoundError,
+    410: FileNotFoundError,
+}
 
 T = TypeVar("T")
+
+
+class WrongFile(OSError):  # noqa: N818 (a state of the data)
+    """A file is another than it was found or described; to read it again does not help."""
 
 
 class FileState(NamedTuple):
@@ -81,20 +92,37 @@ def read_bytes(path: str, start: int = 0, length: int | None = None) -> bytes:
     Remote reads are `retried`. Raises `OSError`.
     """
     if not is_remote(path):
+        return _read(path, start, length)
+    return retried(lambda: _read(path, start, length))
+
+
+def read_whole(path: str, start: int, stop: int) -> bytes:
+    """The bytes [start, stop), read as `read_bytes` does; a remote answer cut short is `retried`.
+
+    Raises `OSError`, where the file ends before `stop` a `WrongFile`.
+    """
+
+    def read() -> bytes:
+        data = _read(path, start, stop - start)
+        if len(data) != stop - start:
+            raise WrongFile(f"{path} ends before byte {stop}: it has changed since it was indexed")
+        return data
+
+    return retried(read) if is_remote(path) else read()
+
+
+def _read(path: str, start: int, length: int | None) -> bytes:
+    if not is_remote(path):
         with open(path, "rb") as file:  # noqa: PTH123
             file.seek(start)
             return file.read() if length is None else file.read(length)
     if length == 0:
         return b""  # an empty range is the whole file to some servers
     system, inner = _system(path)
-
-    def read() -> bytes:
-        with _as_os_error(path):
-            if length is None:
-                return system.cat_file(inner, start=start or None)
-            return system.cat_file(inner, start=start, end=start + length)
-
-    return retried(read)
+    with _as_os_error(path):
+        if length is None:
+            return system.cat_file(inner, start=start or None)
+        return system.cat_file(inner, start=start, end=start + length)
 
 
 def retried(read: Callable[[], T]) -> T:
@@ -118,7 +146,7 @@ class RemoteFile(io.RawIOBase):
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._size = state(path).size
+        self._size = retried(lambda: state(path)).size
         self._at = 0
 
     def readable(self) -> bool:
@@ -206,13 +234,17 @@ def _system(path: str) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def _as_os_error(path: str) -> Iterator[None]:
-    """Clients of stores raise errors of their own kinds (no credentials, no connection)."""
+    """Clients of stores raise errors of their own kinds (no credentials, no connection).
+
+    What a server refuses for good becomes an error that is not `retried`.
+    """
     try:
         yield
     except OSError:
         raise
     except Exception as error:
-        raise OSError(f"{path}: {type(error).__name__}: {error}") from error
+        kind = _REFUSED.get(getattr(error, "status", None), OSError)
+        raise kind(f"{path}: {type(error).__name__}: {error}") from error
 
 
 def user_cache() -> Path:

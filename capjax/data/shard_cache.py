@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from capjax.data.files import FileState, read_bytes, retried, state
+from capjax.data.files import FileState, WrongFile, read_whole, retried, state
 from capjax.errors import UserError
 
 _CHUNK_BYTES = 8 << 20  # of one request
@@ -37,6 +37,7 @@ class HeldCopy:
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path = path
+        self.descriptor = descriptor
         self._finalizer = weakref.finalize(self, _release, descriptor)
 
 
@@ -53,8 +54,9 @@ class ShardCache:
     def hold(self, shard: RemoteShard) -> HeldCopy:
         """The copy of a remote file, made if it is not there; waits where another makes it.
 
-        Raises `OSError` where the remote file cannot be read or is another than it was found, and
-        `UserError` where the directory cannot be written.
+        A copy of another size than the file's is made anew. Raises `OSError` where the remote file
+        cannot be read, `WrongFile` where it is another than it was found, and `UserError` where the
+        directory cannot be written.
         """
         unique = hashlib.sha256(repr(tuple(shard)).encode()).hexdigest()[:16]
         name = f"{unique}-{shard.path.rpartition('/')[2]}"
@@ -64,7 +66,13 @@ class ShardCache:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 descriptor = _locked(copy, os.O_RDONLY, fcntl.LOCK_SH)
                 if descriptor is not None:
-                    return HeldCopy(copy, descriptor)
+                    held = HeldCopy(copy, descriptor)
+                    if os.fstat(descriptor).st_size != shard.state.size:
+                        self.discard(held)
+                        continue
+                    with contextlib.suppress(OSError):  # of a directory that can only be read
+                        self._make_room()
+                    return held
                 descriptor = _locked(partial, os.O_RDWR | os.O_CREAT, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if descriptor is None:
                     _wait_for(partial)
@@ -74,7 +82,7 @@ class ShardCache:
                     partial.unlink(missing_ok=True)
                     continue
                 with self._on_disk():
-                    self._make_room(shard.state.size, descriptor)
+                    self._make_room(descriptor, shard.state.size)
                 self._download(shard, partial, descriptor)
                 with self._on_disk():
                     os.fsync(descriptor)
@@ -85,12 +93,20 @@ class ShardCache:
             finally:
                 os.close(descriptor)
 
-    def _make_room(self, size: int, descriptor: int) -> None:
-        """Removes what was not used for longest, and gives the new file its size, which counts."""
-        lock = os.open(self.directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            os.ftruncate(descriptor, 0)  # what a killed process left in it
+    def discard(self, copy: HeldCopy) -> None:
+        """Removes a damaged copy, unless that was done and another has its name.
+
+        Raises `UserError` where the directory cannot be written.
+        """
+        with self._on_disk(), self._alone(), contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(copy.descriptor), copy.path.stat()):
+                copy.path.unlink()
+
+    def _make_room(self, descriptor: int | None = None, size: int = 0) -> None:
+        """Removes what was not used for longest; a new file is given its size, which counts."""
+        with self._alone():
+            if descriptor is not None:
+                os.ftruncate(descriptor, 0)  # what a killed process left in it
             facts = _facts(self.directory)
             total = size + sum(fact.st_size for _, fact in facts)
             for path, fact in sorted(facts, key=lambda pair: pair[1].st_mtime_ns):
@@ -98,7 +114,16 @@ class ShardCache:
                     break
                 if _removed(path):
                     total -= fact.st_size
-            os.ftruncate(descriptor, size)
+            if descriptor is not None:
+                os.ftruncate(descriptor, size)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Nobody else removes copies meanwhile."""
+        lock = os.open(self.directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
         finally:
             os.close(lock)
 
@@ -106,11 +131,7 @@ class ShardCache:
         path, (size, _), sha256 = shard
 
         def copy(start: int) -> None:
-            data = read_bytes(path, start, min(_CHUNK_BYTES, size - start))
-            if len(data) != min(_CHUNK_BYTES, size - start):
-                raise OSError(
-                    f"{path} ends before its {size} bytes: it has changed since it was found"
-                )
+            data = read_whole(path, start, min(start + _CHUNK_BYTES, size))
             with self._on_disk():
                 if os.pwrite(descriptor, data, start) != len(data):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -122,9 +143,9 @@ class ShardCache:
             with partial.open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != sha256:
-                raise OSError(f"{path} has the sha256 {found}, and {sha256} in its manifest")
+                raise WrongFile(f"{path} has the sha256 {found}, and {sha256} in its manifest")
         elif retried(lambda: state(path, fresh=True)) != shard.state:
-            raise OSError(f"{path} has changed since it was found")
+            raise WrongFile(f"{path} has changed since it was found")
 
     @contextlib.contextmanager
     def _on_disk(self) -> Iterator[None]:

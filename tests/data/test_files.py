@@ -1,4 +1,5 @@
 import sys
+from types import SimpleNamespace
 
 import fsspec
 import pytest
@@ -155,6 +156,56 @@ def test_reads_that_fail_are_tried_a_few_times(failing):
     with pytest.raises(FileNotFoundError):
         files.read_bytes("memory://failing")
     assert not pauses, "what is not there does not come by waiting"
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [(401, PermissionError), (403, PermissionError), (404, FileNotFoundError),
+     (410, FileNotFoundError)],
+)  # fmt: skip
+def test_what_a_server_refuses_for_good_is_not_asked_for_again(failing, status, kind):
+    aiohttp = pytest.importorskip("aiohttp")
+    asked = SimpleNamespace(real_url="https://host/a")
+    pauses = failing(1, aiohttp.ClientResponseError(asked, (), status=status))
+    with pytest.raises(kind, match="memory://failing: ClientResponseError: "):
+        files.read_bytes("memory://failing")
+    assert not pauses
+    fsspec.filesystem("memory").pipe("/failing", b"0123456789")
+    pauses = failing(1, aiohttp.ClientResponseError(asked, (), status=503))
+    assert files.read_bytes("memory://failing") == b"0123456789"
+    assert len(pauses) == 1
+
+
+def test_answers_cut_short_are_asked_for_again(failing, monkeypatch):
+    pauses = failing(0, None)
+    system = fsspec.filesystem("memory")
+    system.pipe("/failing", b"0123456789")
+    read, lengths = type(system).cat_file, [1, 0, 7]
+    monkeypatch.setattr(
+        type(system), "cat_file", lambda *args, **given: read(*args, **given)[: lengths.pop(0)]
+    )
+    assert files.read_whole("memory://failing", 2, 9) == b"2345678"
+    assert len(pauses) == 2
+    lengths[:] = [7] * 4
+    with pytest.raises(files.WrongFile, match="memory://failing ends before byte 12"):
+        files.read_whole("memory://failing", 4, 12)
+    assert len(pauses) == 2 + 3
+
+
+def test_the_size_of_a_remote_file_is_asked_for_again(failing, monkeypatch):
+    pauses = failing(0, None)
+    system = fsspec.filesystem("memory")
+    system.pipe("/failing", b"0123456789")
+    info, errors = type(system).info, [TimeoutError("late")]
+
+    def late(*args, **given):
+        if errors:
+            raise errors.pop()
+        return info(*args, **given)
+
+    monkeypatch.setattr(type(system), "info", late)
+    assert files.RemoteFile("memory://failing").read() == b"0123456789"
+    assert len(pauses) == 1
 
 
 def test_a_remote_file_reads_and_seeks_as_a_local_one(failing, tmp_path):

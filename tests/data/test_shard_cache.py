@@ -54,7 +54,7 @@ def test_a_copy_is_made_once_and_is_the_file(cache, remote, monkeypatch):
     shard = remote("a")
     assert cache.hold(shard).path.read_bytes() == b"a" * SIZE
     assert kept(cache) == {"a"}
-    monkeypatch.setattr("capjax.data.shard_cache.read_bytes", None)
+    monkeypatch.setattr("capjax.data.shard_cache.read_whole", None)
     assert cache.hold(shard).path.read_bytes() == b"a" * SIZE
 
 
@@ -87,13 +87,39 @@ def test_what_is_held_stays_and_other_files_are_let_be(cache, remote):
     assert {"e", "mine"} < kept(cache)
 
 
-def test_a_file_that_is_another_than_it_was_is_no_copy(cache, remote):
+def test_copies_above_the_limit_go_when_they_are_not_held(cache, remote):
+    shards = [remote(name) for name in "abc"]
+    held = [cache.hold(shard) for shard in shards]
+    assert kept(cache) == {"a", "b", "c"}
+    again = cache.hold(shards[0])
+    assert kept(cache) == {"a", "b", "c"}, "all are held"
+    held.clear()
+    assert cache.hold(shards[0]).path == again.path, "a hit, which copies nothing"
+    assert len(kept(cache)) == 2
+    assert "a" in kept(cache)
+
+
+def test_a_copy_of_another_size_is_made_anew(cache, remote):
+    shard = remote("a")
+    held = cache.hold(shard)
+    held.path.write_bytes(b"a")
+    again = cache.hold(shard)
+    assert again.path.read_bytes() == b"a" * SIZE
+    cache.discard(held)
+    assert again.path.read_bytes() == b"a" * SIZE, "another has its name"
+    cache.discard(again)
+    assert kept(cache) == set()
+    cache.discard(again)
+
+
+def test_a_file_that_is_another_than_it_was_is_no_copy(cache, remote, failing):
+    failing(0, None)  # and no pauses
     before = remote("a")
     remote("a", b"A" * SIZE)
-    with pytest.raises(OSError, match="has changed since it was found"):
+    with pytest.raises(files.WrongFile, match="has changed since it was found"):
         cache.hold(before)
     remote("a", b"short")
-    with pytest.raises(OSError, match="ends before its 1000 bytes"):
+    with pytest.raises(files.WrongFile, match="ends before byte 1000"):
         cache.hold(before)
     with pytest.raises(FileNotFoundError):
         cache.hold(before._replace(path=f"{before.path}.no"))
@@ -101,7 +127,7 @@ def test_a_file_that_is_another_than_it_was_is_no_copy(cache, remote):
         remote("b").path, files.FileState(SIZE, ""), sha256(b"b" * SIZE).hexdigest()
     )
     assert cache.hold(named).path.read_bytes() == b"b" * SIZE
-    with pytest.raises(OSError, match="in its manifest"):
+    with pytest.raises(files.WrongFile, match="in its manifest"):
         cache.hold(named._replace(sha256="0" * 64))
     assert kept(cache) == {"b"}, "nothing is left of the others"
 

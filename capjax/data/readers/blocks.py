@@ -3,7 +3,7 @@
 import threading
 from collections import OrderedDict
 
-from capjax.data.files import read_bytes
+from capjax.data.files import read_whole
 
 
 class _Block:
@@ -53,11 +53,3 @@ class BlockCache:
 
     def __setstate__(self, limit: int) -> None:
         self.__init__(limit)
-
-
-def read_whole(path: str, start: int, stop: int) -> bytes:
-    """The bytes [start, stop). Raises `OSError`, also where the file ends before `stop`."""
-    data = read_bytes(path, start, stop - start)
-    if len(data) != stop - start:
-        raise OSError(f"the file ends before byte {stop}; it has changed since it was indexed")
-    return data

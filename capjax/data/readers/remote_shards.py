@@ -111,7 +111,7 @@ class RemoteShards:
         return f"RemoteShards({self.name!r}; {len(self)} examples in {len(self.shards)} shards)"
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_opened", "_lock")
+        own = ("_opened", "_wrong", "_lock")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
@@ -120,25 +120,44 @@ class RemoteShards:
 
     def _forget(self) -> None:
         self._opened: OrderedDict[int, _Open] = OrderedDict()
+        self._wrong: dict[int, str] = {}
         self._lock = threading.Lock()
 
     def _open(self, number: int) -> _Open:
-        """Raises `OSError` where the shard cannot be had, or is damaged."""
+        """Raises `OSError` where the shard cannot be had.
+
+        One found to be another than it should is not copied again: it raises the same at once.
+        """
         with self._lock:
             if number in self._opened:
                 self._opened.move_to_end(number)
                 return self._opened[number]
-        copy = self.cache.hold(self.shards[number])
+            if number in self._wrong:
+                raise files.WrongFile(self._wrong[number])
         try:
-            opened = _Open(copy, open_reader(str(copy.path)))
-        except UserError as error:
-            raise OSError(str(error)) from error
+            opened = self._open_copy(self.shards[number])
+        except files.WrongFile as error:
+            self._wrong[number] = str(error)
+            raise
         with self._lock:
             opened = self._opened.setdefault(number, opened)
             self._opened.move_to_end(number)
             while len(self._opened) > self._max_open:
                 self._opened.popitem(last=False)
         return opened
+
+    def _open_copy(self, shard: RemoteShard) -> _Open:
+        """A copy that was damaged on the local disk is made anew. Raises `OSError`."""
+        copy = self.cache.hold(shard)
+        try:
+            return _Open(copy, open_reader(str(copy.path)))
+        except UserError:
+            self.cache.discard(copy)
+        copy = self.cache.hold(shard)
+        try:
+            return _Open(copy, open_reader(str(copy.path)))
+        except UserError as error:
+            raise files.WrongFile(str(error)) from error
 
 
 def _find(path: str) -> list[str]:

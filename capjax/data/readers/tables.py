@@ -106,6 +106,8 @@ def open_jsonl(
 def open_list(path: str, *, images: str | None = None) -> IndexedFiles:
     """A text file of image paths, one a line, which are the keys; blank lines are skipped.
 
+    Neighbouring lines that are equal give one example, and nothing says so; equal lines elsewhere
+    are refused.
     `images`: as in `open_csv`. A line that is not UTF-8 is damaged. Raises `UserError` as
     `indexed_files` does.
     """

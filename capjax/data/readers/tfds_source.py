@@ -5,6 +5,7 @@ own code nor TensorFlow is imported and nothing is downloaded. TFDS parses the r
 encoded.
 """
 
+import os
 from collections.abc import Iterator
 from typing import Any, SupportsIndex
 
@@ -37,6 +38,8 @@ def open_tfds(
             f"source tfds:{path}: {error}; install TensorFlow Datasets: pip install 'capjax[tfds]'"
         ) from error
     name = f"source tfds:{path}"
+    if data_dir is not None:
+        data_dir = os.path.expanduser(data_dir)  # noqa: PTH111 (it may be a URL)
     try:
         builder = read_only_builder.builder_from_files(path, data_dir=data_dir)
     except Exception as error:  # ValueError and what damaged descriptions raise

@@ -16,8 +16,8 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
-from capjax.data.files import FileState, expand, is_remote
-from capjax.data.readers.blocks import BlockCache, read_whole
+from capjax.data.files import FileState, expand, is_remote, read_whole
+from capjax.data.readers.blocks import BlockCache
 from capjax.data.readers.tar_index import TEXTS, TarIndex, image_of
 from capjax.data.readers.tar_index_files import load_index
 from capjax.data.records import Caption, CorruptRecord, Example, checked_index

@@ -7,6 +7,7 @@ import fsspec
 import numpy as np
 import pytest
 
+from capjax.data import files
 from capjax.data.prepare import prepare
 from capjax.data.prepare_example import PrepareSettings
 from capjax.data.readers.remote_shards import RemoteShards
@@ -86,8 +87,8 @@ def test_reads_from_s3(prepared, s3, tmp_path):
             s3.put_object(Bucket="shards", Key=f"val/{path.name}", Body=path.read_bytes())
     local = open_source(prepared)
     few = range(0, 189, 10)
-    for number, files in enumerate(("", "/*-of-*.array_record", "")):
-        remote = open_source(f"s3://shards/val{files}?cache={tmp_path}/{number}&cache_gb=1")
+    for number, names in enumerate(("", "/*-of-*.array_record", "")):
+        remote = open_source(f"s3://shards/val{names}?cache={tmp_path}/{number}&cache_gb=1")
         assert [remote[i] for i in few] == [local[i] for i in few]
         if number == 1:
             s3.delete_object(Bucket="shards", Key="val/manifest.json")
@@ -160,6 +161,58 @@ def test_what_is_no_shard_or_not_there_is_refused(prepared, upload, tmp_path):
         fsspec.filesystem("memory").pipe(f"{address}/torn/0.array_record", content[:size])
         with pytest.raises(UserError, match=r"0.array_record is not a readable ArrayRecord file"):
             open_source(f"{address}/torn")
+
+
+def test_a_shard_that_is_another_is_copied_once(prepared, upload, copies, tmp_path):
+    address = upload(prepared)
+    memory = fsspec.filesystem("memory")
+    first = sorted(path.name for path in prepared.glob("*.array_record"))[0]
+    content = (prepared / first).read_bytes()
+    memory.pipe(f"{address}/{first}", content[:-1] + b"x")
+    remote = open_source(f"{address}?cache={tmp_path}/cache")
+    for index in range(3):
+        with pytest.raises(CorruptRecord, match="in its manifest") as caught:
+            remote[index]
+        assert caught.value.index == index
+    assert len(copies) == 1
+    memory.pipe(f"{address}/{first}", content)
+    assert pickle.loads(pickle.dumps(remote))[0] == open_source(prepared)[0], "only this one knows"
+
+
+def test_a_shard_that_was_out_of_reach_is_asked_for_again(prepared, upload, failing, tmp_path):
+    remote = open_source(f"{upload(prepared)}?cache={tmp_path}/cache")
+    failing(4, TimeoutError("late"))
+    with pytest.raises(CorruptRecord, match="late"):
+        remote[0]
+    assert remote[0] == open_source(prepared)[0]
+
+
+def test_a_damaged_copy_is_made_anew_once(prepared, upload, copies, tmp_path):
+    address = f"{upload(prepared)}?cache={tmp_path}/cache"
+    local = open_source(prepared)
+    assert open_source(address)[0] == local[0]
+    (copy,) = (tmp_path / "cache").glob("*.array_record")
+    whole = copy.read_bytes()
+    for damaged in (whole[:100], bytes(len(whole))):
+        copy.write_bytes(damaged)
+        assert open_source(address)[0] == local[0]
+        assert copy.read_bytes() == whole
+    assert len(copies) == 3
+
+
+def test_a_remote_shard_that_is_none_is_copied_twice_and_given_up(
+    prepared, upload, copies, tmp_path
+):
+    address = upload(prepared, without=("manifest.json",))
+    remote = open_source(f"{address}?cache={tmp_path}/cache")
+    first = remote.shards[0]
+    fsspec.filesystem("memory").pipe(first.path, bytes(first.state.size))
+    state = files.state(first.path)
+    remote.shards = (first._replace(state=state), *remote.shards[1:])
+    for index in range(3):
+        with pytest.raises(CorruptRecord, match="not a readable ArrayRecord file"):
+            remote[index]
+    assert len(copies) == 2
 
 
 def test_a_foreign_manifest_is_not_believed_and_a_damaged_shard_is_counted(

@@ -78,6 +78,11 @@ def test_reads_a_prepared_dataset_without_tensorflow(data_dir):
             source[index]
 
 
+def test_a_data_dir_of_the_users_home(data_dir, monkeypatch):
+    monkeypatch.setenv("HOME", str(data_dir.parent))
+    assert len(open_source(f"tfds:toy?data_dir=~/{data_dir.name}")) == 7
+
+
 def test_slices_and_other_captions(data_dir):
     options = "split=train[:50%]&captions=title,image/filename"
     source = open_source(f"tfds:toy:1.0.0?data_dir={data_dir}&{options}")
