@@ -90,7 +90,9 @@ def run(args: argparse.Namespace) -> None:
     runtime.start(args)
     from capjax.commands.caption_job import CaptionJob
 
-    job = CaptionJob(args, source, options, filters, all_full=not is_file)
+    job = CaptionJob(
+        args, source, options, filters, all_full=not is_file or args.shard_size < len(source)
+    )
     if is_file:
         job.to_file(output)
     else:

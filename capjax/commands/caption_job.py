@@ -145,6 +145,7 @@ class CaptionJob:
         if counts["errors"]:
             parts.append(f"{counts['errors']} images cannot be read{first}")
         parts += [f"{counts[name]} {name}" for name in ("filtered", "duplicates") if counts[name]]
-        print("; ".join(parts))
+        # A key may be a file name of any bytes.
+        print("; ".join(parts).encode(errors="backslashreplace").decode())
         if meter and (summary := meter.summary()):
             print(summary)

@@ -68,7 +68,10 @@ def advance(state: State, position: Position, keys_BS, numbers, rules) -> State:
         if groups:
             taken_BS = jnp.concatenate([group.last_BS for group in groups], axis=1)
             times_B1V = _count(taken_BS, scores_BSV.shape[-1])
-            scores_BSV = scores_BSV - numbers.diversity_penalty * times_B1V
+            penalty_B1V = jnp.where(
+                position.is_forced_B[:, None, None], 0.0, numbers.diversity_penalty * times_B1V
+            )
+            scores_BSV = scores_BSV - penalty_B1V
         part = position._replace(logprobs_BSV=position.logprobs_BSV[:, rows], scores_BSV=scores_BSV)
         group = jax.tree.map(lambda x, rows=rows: x[:, rows], state)
         groups.append(_advance_group(group, part, entropy_BS[:, rows], first, numbers, rules))

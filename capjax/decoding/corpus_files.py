@@ -9,6 +9,7 @@ import fcntl
 import json
 import math
 import os
+import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -149,7 +150,7 @@ class ShardDirectory:
         """Leaves the job here, or compares it with the one that is here."""
         path = self.path / JOB
         if not path.exists():
-            mine = self.path / _FACTS / f"job.{os.getpid()}.tmp"
+            mine = self.path / _FACTS / f"job.{uuid.uuid4().hex}.tmp"
             write_atomic(mine, json.dumps(self.job, indent=1) + "\n")
             try:
                 path.hardlink_to(mine)

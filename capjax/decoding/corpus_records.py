@@ -61,5 +61,7 @@ def _parquet(records: Sequence[dict[str, Any]], options: DecodingOptions) -> byt
 
 
 def _text(value: Any) -> Any:
-    """A text that UTF-8 can hold (a file name may be any bytes); other values as they are."""
+    """Texts that UTF-8 can hold (a file name may be any bytes); other values as they are."""
+    if isinstance(value, list):
+        return [_text(item) for item in value]
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value

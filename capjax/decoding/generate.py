@@ -19,6 +19,7 @@ from capjax.errors import UserError
 from capjax.mesh import act_B, act_BL, act_BSV, reshard
 from capjax.models.captioner import Captioner
 from capjax.models.coca import CoCa
+from capjax.models.text_decoder import pad_to_lanes
 
 __all__ = ["FINISH_REASONS", "Generated", "LanguageGuidance", "LanguageModel", "generate"]
 
@@ -144,6 +145,8 @@ def generate(
             f"the language model has {language.model.vocab_size} tokens, the captioner "
             f"{model.config.vocab_size}: guidance needs one vocabulary; rescore captions instead"
         )
+    if contrast is not None and not options.is_guided and language is None:
+        raise UserError("contrast: guidance_scale=1 leads away from nothing; set it above 1")
     batch = inputs.shape[0]
     if forced_BL is not None:
         if forced_BL.shape[1] > max_length:
@@ -209,6 +212,10 @@ def check_options(model: Captioner | CoCa, options: DecodingOptions) -> int:
             f"max_length={length}: expected 1 to {most}, the text length that the model was "
             "trained with"
         )
+    columns = pad_to_lanes(model.config.vocab_size)
+    for name, most in (("num_beams", columns // 2), ("top_k", columns)):
+        if getattr(options, name) > most:
+            raise UserError(f"{name}={getattr(options, name)}: at most {most} of this vocabulary")
     if len(options.guidance_scales) > length:
         raise UserError(
             f"guidance_scale has {len(options.guidance_scales)} values for max_length={length}"

@@ -22,6 +22,7 @@ from capjax.decoding.options import GREEDY, DecodingOptions
 from capjax.decoding.score import mean, score_priors, score_tokens, total
 from capjax.decoding.stream import CaptionStream, Record
 from capjax.decoding.token_tree import build_tree
+from capjax.decoding.without_image import WithoutImage
 from capjax.dims import Array, Params
 from capjax.errors import UserError
 from capjax.mesh import num_batch_shards, place_batch, place_tree
@@ -246,13 +247,27 @@ class LoadedModel:
         priors = total(self._priors(labels)) if alpha else 0.0
         return class_scores(total(logprobs), len(templates), priors, alpha)
 
+    def as_language_model(
+        self, tokenizer: Tokenizer, alpha: float = 1.0, beta: float = 1.0
+    ) -> LanguageGuidance:
+        """What this model writes without image, to guide a captioner with this tokenizer.
+
+        Raises `UserError` unless it is this model's own: only equal ids can be weighed.
+        """
+        if tokenizer != self.tokenizer:
+            raise UserError(
+                f"the captioner's {tokenizer} is not {self.tokenizer} of the model that is to "
+                "guide it; train both with the same data.tokenizer.path"
+            )
+        return LanguageGuidance(WithoutImage(self.model), self.params, alpha, beta)
+
     def _priors(self, labels: np.ndarray) -> np.ndarray:
         """The tokens' log-probabilities without image."""
         if self.mesh is None:
             return score_priors(self.model, self.params, labels)
         with jax.set_mesh(self.mesh):
-            size = 64 * num_batch_shards(self.mesh)
-            return score_priors(self.model, self.params, labels, size)
+            shards = num_batch_shards(self.mesh)
+            return score_priors(self.model, self.params, labels, shards)
 
     def encode_image(
         self, images: Sequence[ImageLike], patches: bool = False, batch_size: int = 32

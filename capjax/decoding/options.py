@@ -27,7 +27,8 @@ class DecodingOptions:
         search, Vijayakumar et al. 2018).
       diversity_penalty: off a token's log-probability, once for each earlier group that took it at
         this position.
-      length_penalty: finished beams are ranked by log-probability / length ** length_penalty.
+      length_penalty: finished beams are ranked by log-probability / length ** length_penalty; the
+        length is that of the whole caption, its end and its prefix included.
       early_stopping: True: a beam search stops when it has num_beams finished captions; False: when
         the best beam under way, were it to end now, is not better than the worst of them; "never":
         when none can become better.
@@ -66,6 +67,8 @@ class DecodingOptions:
         for name in ("banned", "stop"):
             if isinstance(getattr(self, name), str):
                 raise UserError(f"{name}={getattr(self, name)!r}: expected a list of texts")
+            if not all(map(str.strip, getattr(self, name))):
+                raise UserError(f"{name}={list(getattr(self, name))}: a text in it is blank")
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, is_good, expected in self._rules():
             if not is_good:
@@ -100,8 +103,8 @@ class DecodingOptions:
             ("num_captions", self.num_captions >= 1, "at least 1"),
             (
                 "temperature",
-                0 <= self.temperature < math.inf,
-                "0 (greedy) or a positive number",
+                self.temperature == 0 or 1e-6 <= self.temperature < math.inf,
+                "0 (greedy) or a number from 1e-6 on",
             ),
             ("top_k", self.top_k >= 0, "at least 1, or 0 for all tokens"),
             ("top_p", 0 < self.top_p <= 1, "a number above 0, up to 1 (all tokens)"),
@@ -154,7 +157,10 @@ class DecodingOptions:
         if method == "beam" and self.penalty_alpha > 0:
             raise UserError("num_beams > 1 and penalty_alpha > 0 are two methods; set one of them")
         if method != "beam":
-            for name in ("num_beam_groups", "diversity_penalty", "early_stopping"):
+            for name in (
+                *("num_beam_groups", "diversity_penalty"),
+                *("early_stopping", "length_penalty"),
+            ):
                 if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                     raise UserError(f"{name}={getattr(self, name)} is of beams; set num_beams")
         if method == "beam" and self.num_captions > self.num_beams:

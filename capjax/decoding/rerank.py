@@ -101,4 +101,6 @@ def rerank(record: dict[str, Any], scores_S: Sequence[float] | np.ndarray) -> di
         )
     order = np.argsort(-scores_S, kind="stable")
     ordered = [captions[i] | {"score": float(scores_S[i])} for i in order]
-    return record | ordered[0] | {"captions": ordered}
+    # What was said of the caption that was first is not true of another.
+    about = {name: value for name, value in record.items() if name != "filtered"}
+    return about | ordered[0] | {"captions": ordered}

@@ -23,6 +23,7 @@ from capjax.models.many_texts import null_memory, rows, start_reading
 from capjax.objectives.captioning import decoder_inputs, token_nll
 
 Values = TypeVar("Values", Array, np.ndarray)
+_PRIORS_AT_ONCE = 64
 
 
 def score(
@@ -88,14 +89,14 @@ def encoded(
 
 
 def score_priors(
-    model: Captioner | CoCa, params: Params, labels_TL: np.ndarray, batch_size: int = 64
+    model: Captioner | CoCa, params: Params, labels_TL: np.ndarray, multiple: int = 1
 ) -> np.ndarray:
     """float32 [T, L]: the tokens' log-probabilities without image. Equal texts are read once.
 
-    `batch_size` texts run at a time (a multiple of the batch shards, where a mesh is set).
+    `multiple` is the number of batch shards, where a mesh is set.
     """
     distinct_TL, inverse_T = np.unique(labels_TL, axis=0, return_inverse=True)
-    size = compiled_size(len(distinct_TL), batch_size)
+    size = compiled_size(len(distinct_TL), _PRIORS_AT_ONCE, multiple)
     found = []
     for start in range(0, len(distinct_TL), size):
         part = distinct_TL[start : start + size]

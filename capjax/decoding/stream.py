@@ -51,6 +51,11 @@ class CaptionStream:
             raise UserError(f"batch_size={self.batch_size}: expected at least 1")
         if not 0 <= self.seed <= MAX_SEED:
             raise UserError(f"seed={self.seed}: expected 0 to {MAX_SEED}")
+        if self.prefix and (count := len(self.captioner.token_ids(self.prefix))) >= self.max_length:
+            raise UserError(
+                f"prefix={self.prefix!r}: its {count} tokens leave no room in max_length="
+                f"{self.max_length}; shorten it"
+            )
 
     @property
     def max_length(self) -> int:
@@ -111,8 +116,22 @@ class CaptionStream:
 
     def _sequences(self, texts: Iterable[str]) -> Array | None:
         """int32 [M, W]: the ids of texts as `generate` takes them; None of none."""
-        padded = pad_sequences([self.captioner.token_ids(text) for text in texts])
+        sequences = {ids: None for text in texts for ids in self._spellings(text)}
+        padded = pad_sequences(list(map(list, sequences)))
         return None if padded is None else jnp.asarray(padded)
+
+    def _spellings(self, text: str) -> list[tuple[int, ...]]:
+        """The ids of a text at the beginning of a caption and, as some tokenizers cut it otherwise
+        there, behind a word."""
+        start = self.captioner.token_ids("")  # what a tokenizer puts before every text
+        alone, word = self.captioner.token_ids(text), self.captioner.token_ids("a")
+        behind = self.captioner.token_ids(f"a {text}")
+        found = [alone[len(start) :]]
+        if behind[: len(word)] == word:
+            found.append(behind[len(word) :])
+        if not all(found):
+            raise UserError(f"banned or stop: {text!r} has no token; name a text that is not blank")
+        return list(map(tuple, found))
 
     def _completed(self, chunk: list, made: Generated | None) -> Iterator[Record]:
         made = jax.device_get(made)

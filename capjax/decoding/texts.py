@@ -63,6 +63,7 @@ def write(
     finish_BS = jnp.where(token_BS == EOS_ID, END, LENGTH)
     if position.stop_MW is not None:
         is_stop_BS = processors.ends_with_any(tokens_BSL, position.index + 1, position.stop_MW)
+        is_stop_BS = is_stop_BS & ~position.is_forced_B[:, None]
         finish_BS = jnp.where((finish_BS == LENGTH) & is_stop_BS, STOP, finish_BS)
     return Texts(
         tokens_BSL,

@@ -45,7 +45,7 @@ def parse(fields: Iterable[tuple[str, str]], captioner: LoadedModel, limits: Lim
     for name, text in fields:
         if name not in _KINDS:
             raise UserError(
-                f"unknown parameter {name[:50]!r}{did_you_mean(name, _KINDS)} "
+                f"unknown parameter {name[:50]!r}{did_you_mean(name[:50], _KINDS)} "
                 f"(parameters: {', '.join(_KINDS)})"
             )
         if name in found:

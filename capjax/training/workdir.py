@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import socket
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -202,7 +203,7 @@ def write_atomic(path: epath.PathLike, data: bytes | str) -> None:
         epath.Path(path).write_bytes(data)  # a store shows an object only once it is whole
         return
     target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(data)

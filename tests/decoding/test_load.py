@@ -267,3 +267,45 @@ def test_classes_score_as_captions(captioner, pictures):
         np.testing.assert_allclose(found[:, column], np.logaddexp(*each), atol=1e-4)
     with pytest.raises(UserError, match=r"has no \{\}"):
         captioner.classify(pictures, names, ("a",))
+
+
+def test_few_classes_without_the_prior_on_a_mesh(run_directory, captioner, pictures):
+    spread = load(run_directory, mesh=make_mesh(MeshShape(data=4, fsdp=2)))
+    for model in (captioner, spread):
+        found = model.classify(pictures[:3], ["cat", "dog", "sun"], alpha=1.0)
+        assert found.shape == (3, 3)
+    np.testing.assert_allclose(
+        found, captioner.classify(pictures[:3], ["cat", "dog", "sun"], alpha=1.0), atol=1e-4
+    )
+
+
+def test_a_captioner_without_image_is_a_language_model(run_directory, captioner, pictures):
+    """Alone it writes what guidance of scale 0 does; another vocabulary is refused."""
+    language = captioner.as_language_model(captioner.tokenizer, alpha=0.0, beta=0.0)
+    alone = captioner.caption(pictures, language=language)
+    assert alone == captioner.caption(pictures, guidance_scale=0.0)
+    assert len(set(alone)) == 1
+    # log q + alpha log p - beta log p(x) with q = p(x) and beta 1 is the captioner, at alpha.
+    same = captioner.as_language_model(captioner.tokenizer, alpha=1.0, beta=1.0)
+    assert captioner.caption(pictures, language=same) == captioner.caption(pictures)
+    older = load(run_directory, step=3)
+    other = captioner.as_language_model(older.tokenizer, alpha=1.0, beta=0.5)
+    assert older.caption(pictures, language=other, num_beams=3) != older.caption(pictures)
+    from capjax.data.tokenizer import Tokenizer
+
+    strange = Tokenizer.train(["other texts"], 280)
+    with pytest.raises(UserError, match=r"is not .* of the model that is to guide it"):
+        captioner.as_language_model(strange)
+
+
+def test_what_cannot_be_asked_of_all_images_is_said_at_once(captioner, pictures):
+    for fields, message in (
+        ({"prefix": "two green birds " * 9}, "prefix=.*leave no room in max_length=12"),
+        ({"contrast": pictures[0]}, "contrast: guidance_scale=1 leads away from nothing"),
+        ({"stop": [" "]}, "a text in it is blank"),
+        ({"num_beams": 200}, "num_beams=200: at most 192 of this vocabulary"),
+        ({"temperature": 1e-40}, "temperature=1e-40: expected 0"),
+        ({"length_penalty": 0.5}, "length_penalty=0.5 is of beams"),
+    ):
+        with pytest.raises(UserError, match=message):
+            captioner.caption(pictures, **fields)

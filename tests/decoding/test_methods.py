@@ -417,3 +417,24 @@ def test_a_prefix_must_fit(model, params, memory):
         generate(
             model, params, memory, DecodingOptions(max_length=4), forced_BL=jnp.ones((NUM, 5), int)
         )
+
+
+def test_a_stop_in_a_prefix_is_no_end_and_groups_pay_nothing_for_it(model, params, memory):
+    prefix = jnp.full((NUM, 3), 5, jnp.int32).at[:, 1].set(6)
+    stop = jnp.asarray([[0, 6]], jnp.int32)
+    made = generate(
+        model,
+        params,
+        memory,
+        DecodingOptions(num_beams=4, num_beam_groups=2, diversity_penalty=0.5, num_captions=4),
+        forced_BL=prefix,
+        stop_MW=stop,
+    )
+    for image in range(NUM):
+        assert all(text[:3] == (5, 6, 5) for text in texts_of(made, image))
+        # What is ranked by differs from the mean by the penalties, of free positions alone.
+        scores, lengths = np.asarray(made.score_BS)[image], np.asarray(made.num_tokens_BS)[image]
+        means = np.asarray(made.logprobs_BSL)[image].sum(-1) / lengths
+        paid = (means - scores) * lengths / 0.5  # times a token was taken before
+        np.testing.assert_allclose(paid, np.round(paid), atol=1e-3)
+        assert np.all(paid > -1e-3) and np.all(paid <= 2 * (lengths - 3) + 1e-3)

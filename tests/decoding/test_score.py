@@ -96,7 +96,7 @@ def test_several_captions_an_image(case):
     prior = closed_form(model, params, null, labels)
     np.testing.assert_allclose(score_tokens(model, params, None, labels), prior, **CLOSE)
     rows = np.asarray(labels).reshape(-1, 7)
-    found = score_priors(model, params, np.concatenate([rows, rows[:5]]), batch_size=8)
+    found = score_priors(model, params, np.concatenate([rows, rows[:5]]), multiple=8)
     want = np.asarray(prior).reshape(-1, 7)
     np.testing.assert_allclose(found, np.concatenate([want, want[:5]]), **CLOSE)
 
@@ -124,14 +124,14 @@ def test_scores_on_a_mesh(name):
     labels, tree = texts.reshape(8, 2, 7), build_tree(texts, 1)
     rows = score_tokens(model, params, jnp.asarray(images), jnp.asarray(labels))
     want = [score_tree(model, params, x, tree) for x in (jnp.asarray(images), None)]
-    priors = score_priors(model, params, texts, batch_size=8)
+    priors = score_priors(model, params, texts, multiple=8)
     mesh = make_mesh(MeshShape(data=2, fsdp=2, tensor=2))
     placed = place_tree(mesh, params, model.param_specs())
     with jax.set_mesh(mesh):
         batch = place_batch(mesh, {"image": images, "labels": labels})
         found = [score_tree(model, placed, x, tree) for x in (batch["image"], None)]
         spread = score_tokens(model, placed, batch["image"], batch["labels"])
-        spread_priors = score_priors(model, placed, texts, batch_size=8)
+        spread_priors = score_priors(model, placed, texts, multiple=8)
     np.testing.assert_allclose(spread, rows, **CLOSE)
     np.testing.assert_allclose(spread_priors, priors, **CLOSE)
     for one, other in zip(found, want, strict=True):
