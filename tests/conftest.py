@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -44,6 +44,25 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("capjax")
 flags.FLAGS.mark_as_parsed()  # Grain's workers and Orbax read absl flags, which no app has parsed
+
+
+# Every compiled program takes some memory maps. Linux grants a process 65,530; with one more, XLA
+# crashes in whatever it compiles next.
+MANY_MAPS = 20_000
+
+
+def num_maps() -> int:
+    """Memory maps of this process; 0 where that cannot be known."""
+    maps = Path("/proc/self/maps")
+    return maps.read_bytes().count(b"\n") if maps.exists() else 0
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs() -> Iterator[None]:
+    """Lets go of the programs of earlier modules, when there are many."""
+    yield
+    if num_maps() > MANY_MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture
