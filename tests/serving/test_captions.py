@@ -40,7 +40,7 @@ def test_what_is_not_said_is_the_default(parse):
         ({"guidance_scale": "inf"}, "guidance_scale=inf"),
         ({"guidance_scale": "-21"}, "guidance_scale=-21.0: expected -20 to 20"),
         ({"temperature": "nan"}, "temperature=nan"),
-        ({"temperature": "1e-9"}, "temperature=1e-09: expected 0 .greedy., or 0.01 to 10"),
+        ({"temperature": "0.001"}, "temperature=0.001: expected 0 .greedy., or 0.01 to 10"),
         ({"num_captions": 3}, "num_captions=3: greedy search has one caption"),
         ({"num_captions": 9, "temperature": 1}, "num_captions=9: this server allows at most 8"),
         ({"num_beams": 100}, "num_beams=100: this server allows at most 8"),
