@@ -1,0 +1,95 @@
+"""What an evaluation found: numbers of the whole set, their items, and what could not be measured.
+
+A file of it is what pages and comparisons read.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from capjax.errors import UserError
+from capjax.training.workdir import write_atomic
+
+
+class Measured(NamedTuple):
+    """The result of one evaluation of one set.
+
+    metrics: names to numbers of the whole set.
+    items: names to one value an item, in the order of `keys`; NaN where an item has none. Where
+      `metrics` has the same name, it is the mean of the items that have one, unless its
+      interval says otherwise.
+    keys: the items' keys; empty where there are no items.
+    intervals: names to the (lower, upper) bound of a 95 % interval.
+    skipped: names of what was not measured, and why.
+    notes: how it was measured: tokenizer, judge, prompt, seeds.
+    """
+
+    metrics: dict[str, float]
+    items: dict[str, np.ndarray] = {}  # noqa: RUF012 (never mutated)
+    keys: tuple[str, ...] = ()
+    intervals: dict[str, tuple[float, float]] = {}  # noqa: RUF012 (never mutated)
+    skipped: dict[str, str] = {}  # noqa: RUF012 (never mutated)
+    notes: dict[str, Any] = {}  # noqa: RUF012 (never mutated)
+
+
+def write_measured(path: epath.PathLike, measured: Measured) -> None:
+    """Writes one JSON object, all or nothing; what is not finite is written as null."""
+    content = measured._asdict() | {
+        "metrics": {name: _number(value) for name, value in measured.metrics.items()},
+        "items": {
+            name: [_number(value) for value in np.asarray(values).tolist()]
+            for name, values in measured.items.items()
+        },
+    }
+    write_atomic(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+
+
+def read_measured(path: epath.PathLike) -> Measured:
+    """What `write_measured` wrote. Raises `UserError` where the file holds something else."""
+    try:
+        content = json.loads(epath.Path(path).read_text())
+        return Measured(
+            metrics={name: _value(value) for name, value in content["metrics"].items()},
+            items={
+                name: np.array([_value(value) for value in values])
+                for name, values in content["items"].items()
+            },
+            keys=tuple(content["keys"]),
+            intervals={name: (low, high) for name, (low, high) in content["intervals"].items()},
+            skipped=content["skipped"],
+            notes=content["notes"],
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: not a file that `capjax evaluate` wrote ({type(error).__name__}: {error})"
+        ) from error
+
+
+def join(parts: Mapping[str, Measured]) -> Measured:
+    """Several results of one set as one. Items must be of the same keys, or there are none.
+
+    Raises `ValueError` where two parts name the same thing.
+    """
+    keys = {part.keys for part in parts.values() if part.items}
+    if len(keys) > 1:
+        raise ValueError(f"{sorted(parts)}: expected items of the same keys in all parts")
+    joined = Measured({}, {}, keys.pop() if keys else (), {}, {}, {})
+    for name, part in parts.items():
+        for whole, piece in zip(joined, part, strict=True):
+            if isinstance(whole, dict):
+                if twice := whole.keys() & piece.keys():
+                    raise ValueError(f"{name}: {sorted(twice)} measured twice")
+                whole.update(piece)
+    return joined
+
+
+def _number(value: float) -> float | None:
+    return value if isinstance(value, str) or math.isfinite(value) else None
+
+
+def _value(value: float | None) -> float:
+    return math.nan if value is None else value
