@@ -4,7 +4,9 @@ Warnings are errors (`filterwarnings` in pyproject.toml). This file runs before 
 imported, and so before JAX starts its backends.
 """
 
+import gzip
 import importlib
+import json
 import os
 import shutil
 import tempfile
@@ -69,6 +71,13 @@ def few_programs() -> Iterator[None]:
 def workdir(tmp_path: Path) -> Path:
     """A path for one run's files; the directory does not exist yet."""
     return tmp_path / "run"
+
+
+@pytest.fixture(scope="session")
+def fakecap() -> dict:
+    """The public demonstration set of caption metrics (tests/fixtures/coco_fakecap.md)."""
+    path = Path(__file__).parent / "fixtures" / "coco_fakecap.json.gz"
+    return json.loads(gzip.decompress(path.read_bytes()))
 
 
 @pytest.fixture
