@@ -1,0 +1,72 @@
+"""Where a checkpoint's captioner looks for each word of given captions."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from capjax.data.decode import ImageError
+from capjax.data.tokenizer import EOS_ID, PAD_ID
+from capjax.decoding.inputs import ImageLike, read_ahead
+from capjax.decoding.loaded_model import LoadedModel
+from capjax.dims import Array, Batch, Float, Params
+from capjax.errors import UserError
+from capjax.evaluation.attention import WordMaps, word_maps
+from capjax.models.attention_maps import attention_maps
+from capjax.models.captioner import Captioner
+from capjax.models.coca import CoCa
+
+
+def map_words(
+    model: LoadedModel,
+    keys: Sequence[str],
+    images: Sequence[ImageLike],
+    captions: Sequence[str],
+    *,
+    layer: int = -1,
+    batch_size: int = 32,
+) -> dict[str, WordMaps]:
+    """By key, the words of each caption over the patches of its image, for `write_word_maps`.
+
+    The weights are those with which the model would write the caption, in one of the layers that
+    read the image (the last by default), the mean over its heads. Raises `UserError` for an image
+    that cannot be read, a layer that is not there, and lists of different lengths.
+    """
+    if not len(keys) == len(images) == len(captions):
+        raise UserError(
+            f"{len(keys)} keys, {len(images)} images, {len(captions)} captions: give one each"
+        )
+    config = model.model.config
+    side = config.image_size // config.patch_size
+    ids = [model.token_ids(caption)[: config.text_length - 1] for caption in captions]
+    found: dict[str, WordMaps] = {}
+    pixels = read_ahead(model.pixels, images, ahead=2 * batch_size)
+    for chunk, start, size in model.chunks(pixels, batch_size):
+        labels_BL = np.full((len(chunk), config.text_length), PAD_ID, np.int32)
+        for row, image in enumerate(chunk):
+            if isinstance(image, ImageError):
+                raise UserError(f"{keys[start + row]}: the image cannot be read: {image}")
+            tokens = [*ids[start + row], EOS_ID]
+            labels_BL[row, : len(tokens)] = tokens
+        rows = {"image": np.stack(chunk), "labels": labels_BL}
+        run = functools.partial(_patch_weights, model.model, layer, model.params)
+        maps_BLP = jax.device_get(model.on_device(run, rows, size))
+        for row in range(len(chunk)):
+            tokens = ids[start + row]
+            maps = word_maps(model.tokenizer, tokens, maps_BLP[row], (side, side))
+            found[keys[start + row]] = maps
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _patch_weights(
+    model: Captioner | CoCa, layer: int, params: Params, batch: Batch
+) -> Float[Array, "B L P"]:
+    """The mean over heads, of the patches alone."""
+    maps_BXNLP = attention_maps(model, params, batch["image"], batch["labels"])
+    num_layers = maps_BXNLP.shape[1]
+    if not -num_layers <= layer < num_layers:
+        raise UserError(f"layer={layer}: {num_layers} layers read the image, -1 is the last")
+    return jnp.mean(maps_BXNLP[:, layer], axis=1)[..., : model.config.num_patches]
