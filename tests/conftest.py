@@ -101,19 +101,20 @@ def require_package() -> Callable[..., str]:
 
 
 @pytest.fixture
-def require_module() -> Callable[[str], ModuleType]:
-    """`require_module("torch")` is that module, which no install of capjax brings.
+def require_module() -> Callable[..., ModuleType]:
+    """`require_module("torch")` is that module, which the extra `parity` (or `extra`) brings.
 
     Where it is missing the test is skipped, and fails under CI=true, as `require_package` does.
     """
 
-    def require(name: str) -> ModuleType:
+    def require(name: str, extra: str = "parity") -> ModuleType:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what it warns of while it is imported
                 return importlib.import_module(name)
         except ImportError:
-            reason = f"needs the package {name} (pip install 'capjax[parity]')"
+            package = name.partition(".")[0]
+            reason = f"needs the package {package} (pip install 'capjax[{extra}]')"
             if os.environ.get("CI") == "true":
                 pytest.fail(reason)
             return pytest.skip(reason)

@@ -47,20 +47,20 @@ case $(version .venv/bin/python) in
   *) constraints=constraints/py312.txt ;;
 esac
 
-# The tests that compare with PyTorch's models, and those that compile for TPUs, need two gigabytes
-# of packages: CI has them, and whoever installs the extras `parity` and `plan`; elsewhere those
-# tests are skipped.
+# The tests that compare with PyTorch's models or with the reference code of caption metrics, and
+# those that compile for TPUs, need two gigabytes of packages: CI has them, and whoever installs the
+# extras `parity`, `eval` and `plan`; elsewhere those tests are skipped.
 if [ "$want" = dev ] && [ "${CI:-}" = true ]; then
   want=ci
 fi
 case $want in # what to install, and which environments have it
   core) target=. fit="core dev ci" ;;
   dev) target=".[dev]" fit="dev ci" ;;
-  ci) target=".[dev,parity,plan]" fit=ci ;;
+  ci) target=".[dev,eval,parity,plan]" fit=ci ;;
 esac
 
 # What is installed follows from these files and from where the checkout lies.
-state=$(cat pyproject.toml "$constraints" constraints/parity.txt; pwd)
+state=$(cat pyproject.toml "$constraints" constraints/eval.txt constraints/parity.txt; pwd)
 for stamp in $fit; do
   if [ "$(cat ".venv/installed-$stamp" 2>/dev/null)" = "$state" ]; then
     exit 0
@@ -69,7 +69,7 @@ done
 say "installing packages into .venv (well under a minute on a fast line)"
 rm -f .venv/installed-*
 if ! .venv/bin/python -m pip install -qq --disable-pip-version-check -c "$constraints" \
-  -c constraints/parity.txt -e "$target"
+  -c constraints/eval.txt -c constraints/parity.txt -e "$target"
 then
   say "pip could not install the packages (its reason is above); mend that and run make again"
   exit 1

@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from etils import epath
 
 from capjax.errors import UserError
@@ -67,6 +66,8 @@ def open_workdir(
     and check nothing. Raises `UserError` where another process writes here, another field differs,
     or the path cannot be a workdir; an error leaves no new workdir behind.
     """
+    import jax  # only here: who reads a run's files, or writes one, need not wait for it
+
     root = epath.Path(path).expanduser()
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     if jax.process_index() != 0:
