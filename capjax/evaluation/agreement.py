@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from capjax.evaluation import bleu, diversity, intervals, spice, tokenization
+from capjax.evaluation import bleu, diversity, intervals, meteor, spice, tokenization
 from capjax.evaluation.intervals import Statistic
-from capjax.evaluation.java import Meteor, require, why_missing
+from capjax.evaluation.java import require, why_missing
 from capjax.evaluation.measured import Measured
 from capjax.evaluation.rouge import rouge_l
 from capjax.rewards import consensus
@@ -120,9 +120,10 @@ def _add_programs(found: Agreement, firsts, references, java: bool | None) -> No
     if reason:
         found.skipped["meteor"] = reason
     else:
-        with Meteor() as meteor:
-            found.whole["meteor"], found.items["meteor"] = meteor.score(texts, known)
-        found.notes["meteor"] = "of the matches of all captions together, not the items' mean"
+        with meteor.Meteor() as program:
+            counts = program.counts(texts, known)
+        found.statistics["meteor"] = Statistic(counts, meteor.score)
+        found.items["meteor"] = meteor.score(counts)
     if reason := reason or spice.why_missing():
         found.skipped["spice"] = reason
     else:

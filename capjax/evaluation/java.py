@@ -1,23 +1,19 @@
-"""The reference programs of caption metrics that are Java: the PTB tokenizer and METEOR 1.5.
+"""Where the Java programs of caption metrics are, and the PTB tokenizer.
 
 The package pycocoevalcap carries them (`pip install 'capjax[eval]'`). Its own Python wrappers write
-into the installed package and stop when a program says too much; so the programs are run from here.
+into the installed package and hang where a program says too much; so the programs are run from
+here.
 """
 
-import contextlib
 import importlib.util
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
 
 from capjax.errors import UserError
 
 _PTB_JAR = "tokenizer/stanford-corenlp-3.4.1.jar"
-_METEOR_JAR = "meteor/meteor-1.5.jar"
 
 
 def package() -> Path | None:
@@ -69,68 +65,3 @@ def check_lines(lines: Sequence[str]) -> None:
     for line in lines:
         if len(line.splitlines()) > 1:
             raise ValueError(f"{line!r} holds a line break; expected one line")
-
-
-class Meteor:
-    """METEOR 1.5 for as long as a `with` block lasts: the program takes some seconds to start.
-
-    Entering raises `UserError` where the program is missing.
-    """
-
-    def __enter__(self) -> "Meteor":
-        jar = require() / _METEOR_JAR
-        self._errors = tempfile.TemporaryFile()
-        self._process = subprocess.Popen(
-            ["java", "-Xmx2G", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            encoding="utf-8",
-            cwd=jar.parent,
-        )
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._process.kill()  # it has no end of its own
-        with contextlib.suppress(OSError):  # what it never read
-            self._process.communicate()
-        self._errors.close()
-
-    def score(
-        self, candidates: Sequence[str], references: Sequence[Sequence[str]]
-    ) -> tuple[float, np.ndarray]:
-        """METEOR of tokenised captions: of the whole set, and float64 [N] of each, in [0, 1].
-
-        The first is computed from all matches together and is not the mean of the second. Raises
-        `RuntimeError` where the program fails.
-        """
-        try:
-            matches = [
-                self._ask("SCORE", *map(_plain, known), _plain(candidate))
-                for candidate, known in zip(candidates, references, strict=True)
-            ]
-            scores = [self._ask("EVAL", *matches), *(self._answer() for _ in candidates)]
-        except (OSError, EOFError) as error:
-            self._process.kill()
-            self._errors.seek(0)
-            said = self._errors.read().decode(errors="replace").strip()[-300:]
-            raise RuntimeError(f"METEOR stopped: {said or error}") from error
-        return float(scores[-1]), np.array([float(score) for score in scores[:-1]])
-
-    def _ask(self, *parts: str) -> str:
-        assert self._process.stdin is not None
-        self._process.stdin.write(" ||| ".join(parts) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> str:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise EOFError("no answer")
-        return line.strip()
-
-
-def _plain(text: str) -> str:
-    """A caption without what separates captions in METEOR's lines."""
-    return text.replace("|||", "").replace("  ", " ")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from capjax.errors import UserError
-from capjax.evaluation import agreement, bleu, java, rouge, spice
+from capjax.evaluation import agreement, bleu, java, meteor, rouge, spice
 from capjax.evaluation.agreement import measure_captions
 from capjax.evaluation.measured import read_measured, write_measured
 
@@ -140,24 +140,28 @@ def test_bleu_as_sacrebleu(require_module, fakecap):
 def test_meteor_through_the_reference_program(require_module, require_package, fakecap):
     require_module("pycocoevalcap.cider.cider", "eval")
     require_package("default-jre-headless", "java")
-    with java.Meteor() as meteor:
+    items = fakecap["items"]
+    with meteor.Meteor() as program:
         for name in ("good", "bad", "nlg-eval", "single"):
             candidates, references, expected = SETS[name]
             plain = [caption.rstrip(".") for caption in candidates]
             known = [[caption.rstrip(".") for caption in image] for image in references]
-            whole, items = meteor.score(plain, known)
-            assert whole == pytest.approx(expected[4], abs=1e-6)
+            counts = program.counts(plain, known)
+            assert meteor.score(counts.sum(0)) == pytest.approx(expected[4], abs=1e-6)
             if name == "nlg-eval":
-                np.testing.assert_allclose(items, [0.1556569, 0.3901254], atol=1e-6)
-        items = fakecap["items"]
-        whole, found = meteor.score([i["cand"] for i in items], [i["refs"] for i in items])
-        np.testing.assert_allclose(found, [item["meteor"] for item in items], atol=1e-6)
-        assert whole == pytest.approx(fakecap["corpus"]["meteor"], abs=1e-9)
-        _, found = meteor.score(["", "a ||| b"], [["a"], ["a b", "c"]])
-        np.testing.assert_allclose(found, [0, 1])
-        meteor._process.kill()
+                np.testing.assert_allclose(meteor.score(counts), [0.1556569, 0.3901254], atol=1e-6)
+        counts = program.counts([i["cand"] for i in items], [i["refs"] for i in items])
+        np.testing.assert_allclose(
+            meteor.score(counts), [item["meteor"] for item in items], atol=1e-12
+        )
+        assert meteor.score(counts.sum(0)) == pytest.approx(fakecap["corpus"]["meteor"], abs=1e-12)
+        counts = program.counts(["", "a ||| b", "a red cat"], [["a"], ["a b", "c"], ["red cats"]])
+        np.testing.assert_allclose(meteor.score(counts), [0, 1, 0.3728153], atol=1e-6)
+        # As the program says of these three together.
+        assert meteor.score(counts.sum(0)) == pytest.approx(0.4362280, abs=1e-6)
+        program._process.kill()
         with pytest.raises(RuntimeError, match="METEOR stopped"):
-            meteor.score(["a"], [["a"]])
+            program.counts(["a"], [["a"]])
 
 
 def test_the_longest_common_subsequence_as_the_table_gives_it():
