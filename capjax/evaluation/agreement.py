@@ -123,7 +123,7 @@ def _add_programs(found: Agreement, firsts, references, java: bool | None) -> No
         with meteor.Meteor() as program:
             counts = program.counts(texts, known)
         found.statistics["meteor"] = Statistic(counts, meteor.score)
-        found.items["meteor"] = meteor.score(counts)
+        found.items["meteor"] = np.asarray(meteor.score(counts))
     if reason := reason or spice.why_missing():
         found.skipped["spice"] = reason
     else:

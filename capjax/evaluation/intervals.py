@@ -6,7 +6,7 @@ thousand resampled sets are one product of matrices. Efron, 1979 (bootstrap); No
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,7 +22,7 @@ class Statistic(NamedTuple):
     """
 
     rows: np.ndarray
-    of_sums: Callable[[np.ndarray], np.ndarray]
+    of_sums: Callable[[np.ndarray], Any]
 
     @property
     def value(self) -> float:

@@ -78,7 +78,7 @@ class Meteor:
         raise RuntimeError(f"METEOR stopped: {said or 'it says nothing'}")
 
 
-def score(sums: np.ndarray) -> np.ndarray:
+def score(sums: np.ndarray) -> np.ndarray | np.floating:
     """[...], in [0, 1]: METEOR of counts [..., 23], of one caption or summed over a set."""
     lengths, function_words = sums[..., 0:2], sums[..., 2:4]
     matches = sums[..., 4:20].reshape(*sums.shape[:-1], 4, 4)
