@@ -87,9 +87,12 @@ COMMANDS = {
         ),
     ),
     "report": Command(
-        "Write the page of a run: curves, and captions beside their images.",
+        "Write the page of runs: results, curves, and captions beside their images.",
         False,
-        ("capjax report --workdir=runs/quickstart",),
+        (
+            "capjax report --workdir=runs/quickstart",
+            "capjax report --workdir=runs/cap --workdir=runs/cappa --output=both.html",
+        ),
     ),
     "checkpoint": Command(
         "List the checkpoints of a run, or verify every byte of them.",

@@ -87,9 +87,9 @@ def join(parts: Mapping[str, Measured]) -> Measured:
     return joined
 
 
-def _number(value: float) -> float | None:
+def _number(value: int | float | str) -> int | float | str | None:
     return value if isinstance(value, str) or math.isfinite(value) else None
 
 
-def _value(value: float | None) -> float:
+def _value(value: Any) -> Any:
     return math.nan if value is None else value

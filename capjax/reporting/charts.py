@@ -1,15 +1,14 @@
 """Line charts as inline SVG: no script is needed to read them, and colours follow the page."""
 
-import html
-import json
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-WIDTH, HEIGHT = 560, 260
-LEFT, RIGHT, TOP, BOTTOM = 52, 22, 14, 34
+from capjax.reporting.axes import COLOURS, Number, axes_of, figure, polyline
 
-Number = int | float
+MAX_POINTS = 600  # drawn of one line
+_TIPS = 200  # points of one line that the tooltip knows
+_DOTS = 40  # a line of at most this many points shows them
 
 
 class Series(NamedTuple):
@@ -18,81 +17,54 @@ class Series(NamedTuple):
     name: str
     steps: Sequence[Number]
     values: Sequence[Number]
+    colour: int | None = None  # None: its place among the lines
 
 
-def line_chart(title: str, series: Sequence[Series], *, smooth: float = 0.0) -> str:
+def line_chart(
+    title: str, series: Sequence[Series], *, smooth: float = 0.0, x_label: str = "step"
+) -> str:
     """A `<figure>` with the lines over the step axis, a legend, and the points for the tooltip.
 
     smooth: in [0, 1); above 0 each line is drawn faint, and its debiased exponential moving
       average with this decay in full.
+
+    Returns "" where no line has a finite value.
     """
-    drawn = [kept for line in series if (kept := _finite(line)).steps]
+    drawn = [
+        kept._replace(colour=number if line.colour is None else line.colour)
+        for number, line in enumerate(series)
+        if (kept := _finite(line)).steps
+    ]
     if not drawn:
         return ""
-    xs = [x for line in drawn for x in line.steps]
-    ys = [y for line in drawn for y in line.values]
-    x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
-    x_low, x_high = min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1
-    y_low, y_high = min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys))
-
-    def place(x: Number, y: Number) -> tuple[float, float]:
-        right = (x - x_low) / (x_high - x_low)
-        up = (y - y_low) / (y_high - y_low)
-        return LEFT + right * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
-
-    parts = [
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}" '
-        f"data-chart='{_tooltip_data(drawn, place)}'>"
-    ]
-    for tick in y_ticks:
-        _, y = place(x_low, tick)
-        parts.append(
-            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        )
-        parts.append(
-            f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>'
-        )
-    for tick in x_ticks:
-        if x_low <= tick <= x_high:
-            x, _ = place(tick, y_low)
-            parts.append(
-                f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" '
-                f'text-anchor="middle">{tick:g}</text>'
-            )
-    parts.append(
-        f'<text class="tick" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 3}" '
-        f'text-anchor="middle">step</text>'
+    axes = axes_of(
+        [x for line in drawn for x in line.steps], [y for line in drawn for y in line.values]
     )
-    for number, line in enumerate(drawn):
-        if smooth:
-            parts.append(_path(line.steps, line.values, place, f"raw c{number % 6}"))
+    parts, tips = axes.grid(x_label), []
+    for line in drawn:
+        colour = f"c{(line.colour or 0) % COLOURS}"
         values = smoothed(line.values, smooth) if smooth else line.values
-        parts.append(_path(line.steps, values, place, f"line c{number % 6}"))
-        if len(line.steps) <= 40 and not smooth:
+        if smooth:
+            raw = zip(line.steps, line.values, strict=True)
+            parts.append(polyline([axes.place(*p) for p in _thinned([*raw])], f"raw {colour}"))
+        points = _thinned([*zip(line.steps, values, strict=True)])
+        parts.append(polyline([axes.place(*p) for p in points], f"line {colour}"))
+        if len(points) <= _DOTS and not smooth:
             parts += [
-                f'<circle class="dot c{number % 6}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>'
-                for x, y in (place(*point) for point in zip(line.steps, values, strict=True))
+                f'<circle class="dot {colour}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>'
+                for x, y in (axes.place(*point) for point in points)
             ]
-    parts.append("</svg>")
-    legend = "".join(
-        f'<span><i class="key c{number % 6}"></i>{html.escape(line.name)}</span>'
-        for number, line in enumerate(drawn)
-    )
-    return (
-        f"<figure><figcaption>{html.escape(title)}</figcaption>{''.join(parts)}"
-        f'<div class="legend">{legend}</div></figure>'
-    )
-
-
-def ticks(low: Number, high: Number, count: int = 5) -> list[float]:
-    """About `count` round values (1, 2 or 5 times a power of ten) that span [low, high]."""
-    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-9):  # a flat line, in the middle
-        low, high = low - (abs(low) or 1) / 2, low + (abs(low) or 1) / 2
-    raw = (high - low) / max(count - 1, 1)
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * m for m in (1, 2, 5, 10) if power * m >= raw * (1 - 1e-9))
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
+        known = _thinned([*zip(line.steps, line.values, strict=True)], _TIPS)
+        tips.append(
+            (
+                line.name,
+                [
+                    [*(round(v, 1) for v in axes.place(x, y)), f"{y:.5g} at {x_label} {x:.6g}"]
+                    for x, y in known
+                ],
+            )
+        )
+    return figure(title, parts, [(line.colour or 0, line.name) for line in drawn], tips)
 
 
 def smoothed(values: Sequence[Number], decay: float) -> list[float]:
@@ -111,26 +83,10 @@ def _finite(line: Series) -> Series:
         for x, y in zip(line.steps, line.values, strict=True)
         if isinstance(y, (int, float)) and math.isfinite(y)
     ]
-    return Series(line.name, [x for x, _ in points], [y for _, y in points])
+    return line._replace(steps=[x for x, _ in points], values=[y for _, y in points])
 
 
-def _path(xs: Sequence[Number], ys: Sequence[Number], place, classes: str) -> str:
-    points = (place(x, y) for x, y in zip(xs, ys, strict=True))
-    return (
-        f'<polyline class="{classes}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}"/>'
-    )
-
-
-def _tooltip_data(drawn: Sequence[Series], place, most: int = 400) -> str:
-    """JSON [[name, [[x pixel, y pixel, step, value], …]], …], thinned to `most` points a line."""
-    data = []
-    for line in drawn:
-        every = max(1, math.ceil(len(line.steps) / most))
-        points = list(zip(line.steps, line.values, strict=True))[::every]
-        data.append(
-            [
-                line.name,
-                [[*(round(v, 1) for v in place(x, y)), x, float(f"{y:.5g}")] for x, y in points],
-            ]
-        )
-    return html.escape(json.dumps(data), quote=True).replace("'", "&#39;")
+def _thinned(points: list[tuple[Number, Number]], most: int = MAX_POINTS) -> list:
+    """Every k-th point, and always the last."""
+    every = math.ceil(len(points) / most)
+    return points if every <= 1 else points[:-1:every] + points[-1:]

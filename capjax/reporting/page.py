@@ -1,224 +1,144 @@
-"""The run page: curves, captions beside held-out pictures, config and device, in one HTML file."""
+"""The page of one or several runs, in one HTML file that asks for nothing else.
 
-import base64
-import io
+What each part shows is made in its own file; the script and the style are put inside the page.
+"""
+
 import json
-import random
+from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
-from PIL import Image
+from markupsafe import Markup
 
-from capjax.data.decode import decode_image
-from capjax.data.sources import open_source
-from capjax.errors import UserError
-from capjax.reporting.charts import Series, line_chart
+from capjax.reporting.curves import curves
+from capjax.reporting.gallery import gallery
+from capjax.reporting.metric_names import named
+from capjax.reporting.runs import Run, config_differences, read_runs, splits_of
+from capjax.reporting.tables import (
+    Table,
+    guidance_tables,
+    result_tables,
+    shown,
+    skipped_and_notes,
+    to_csv,
+    to_latex,
+)
+from capjax.reporting.tradeoff import tradeoff_plots
 from capjax.training.workdir import write_atomic
 
-TILE_PIXELS = 128
-SMOOTHING = 0.8
-# Charts of the page, in order: title, what a metric's name must end with, smoothing.
-_TRAIN_CHARTS = (
-    (
-        "Training loss",
-        ("train/loss", "train/causal_loss", "train/parallel_loss", "train/contrastive_loss"),
-        SMOOTHING,
-    ),
-    ("Images per second", ("train/images_per_s",), 0.0),
-    ("Gradient norm", ("train/grad_norm",), SMOOTHING),
-    ("Learning rate", ("train/learning_rate",), 0.0),
-)
-_EVAL_METRICS = {
-    "exact_match": "exact match",
-    "unigram_f1": "unigram F1",
-    "image_to_text_r1": "image to text R@1",
-    "text_to_image_r1": "text to image R@1",
-    "loss": "loss (nats a token)",
-    "perplexity": "perplexity",
-    "parallel_loss": "parallel loss (nats a token)",
-    "parallel_perplexity": "parallel perplexity",
-    "shuffled_images_loss": "loss with shuffled images",
-    "distinct_ratio": "distinct captions",
-}
+MAX_IMAGES = 1000
+FIRST_SPLIT = "val"  # shown first where a run has it
+_SCRIPTS = ("charts.js", "gallery.js", "viewer.js")
 
 
 def write_report(
-    workdir: str | Path, output: str | Path | None = None, *, seed: int = 0, tiles: int = 24
+    workdirs: Sequence[str | Path],
+    output: str | Path | None = None,
+    *,
+    seed: int = 0,
+    max_images: int = MAX_IMAGES,
 ) -> Path:
-    """Writes the page of a run and returns its path (default `workdir/report.html`).
+    """Writes the page and returns its path.
 
     Args:
-      seed: draws the pictures shown; it is printed on the page.
-      tiles: pictures shown of each split.
+      workdirs: of the runs; the first is what the others are compared with.
+      output: default: `report.html` in the workdir; of several, `comparison.html` in the first.
+      seed: draws the images shown where there are more; it is printed on the page.
+      max_images: on the page, of all splits together.
 
-    Raises `UserError` where `workdir` holds no run.
+    Raises `UserError` where a workdir holds no run, or a file that cannot be read.
     """
-    workdir = Path(workdir)
-    if not (workdir / "config.json").is_file():
-        raise UserError(
-            f"workdir={workdir}: no config.json there; give the --workdir of a `capjax train` run"
-        )
-    config = json.loads((workdir / "config.json").read_text())
-    summary_path = workdir / "summary.json"
-    summary = json.loads(summary_path.read_text()) if summary_path.is_file() else {}
-    metrics = read_metrics(workdir / "metrics.jsonl")
+    runs = read_runs(workdirs)
+    if output is None:
+        output = Path(workdirs[0]) / ("report.html" if len(runs) == 1 else "comparison.html")
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("capjax", "reporting"), autoescape=True, trim_blocks=True
+        loader=jinja2.PackageLoader("capjax", "reporting"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    environment.filters["shown"] = shown
     page = environment.get_template("page.html.jinja").render(
-        title=f"capjax: {config.get('name', workdir.name)}",
-        subtitle=f"A run of `capjax train` in {workdir.name}.",
-        facts=_facts(metrics, summary),
-        tables=_table(metrics),
-        metrics_note=(
-            "At the last evaluation; captions are greedy. Exact match: equal lower-cased strings. "
-            "Unigram F1: multisets of words, mean over images. R@1: share of images (texts) whose "
-            "own text (image) is nearer than every other of the split."
-        ),
-        charts=[chart for chart in _charts(metrics) if chart],
-        splits=_splits(workdir / "captions", seed, tiles),
+        title="capjax: " + (_title(runs[0]) if len(runs) == 1 else f"{len(runs)} runs compared"),
+        runs=runs,
+        style=_inlined("page.css"),
+        script=Markup("\n").join(_inlined(name) for name in _SCRIPTS),
+        facts=_facts(runs),
+        splits=splits_of(runs),
+        first_split=_first_split(runs),
+        tables=[_exported(table) for table in (*result_tables(runs), *guidance_tables(runs))],
+        skipped_and_notes=skipped_and_notes(runs),
+        plots=tradeoff_plots(runs),
+        named=named,
+        curves=curves(runs),
+        data=gallery(runs, seed=seed, max_images=max_images),
         seed=seed,
-        config=json.dumps(config, indent=2, sort_keys=True),
-        environment=json.dumps(summary, indent=2, sort_keys=True) if summary else "",
+        differences=config_differences(runs),
+        as_json=lambda value: json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False),
     )
-    output = workdir / "report.html" if output is None else Path(output)
-    write_atomic(output, page)
-    return output
+    # A caption or a path may hold what is not Unicode (half a surrogate pair): shown as "?".
+    write_atomic(output, page.encode("utf-8", "replace"))
+    return Path(output)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; a torn last line (of a run still writing) is left out."""
-    if not path.is_file():
-        return []
-    lines = []
-    for text in path.read_text("utf-8", errors="replace").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
-    return [line for line in lines if isinstance(line, dict) and "step" in line]
+def _title(run: Run) -> str:
+    return str(run.config.get("name", run.name))
 
 
-def series_of(metrics: list[dict[str, Any]], name: str, label: str | None = None) -> Series:
-    """The values of one metric over the steps where it was logged."""
-    points = [(line["step"], line[name]) for line in metrics if line.get(name) is not None]
-    return Series(label or name, [step for step, _ in points], [value for _, value in points])
+def _first_split(runs: Sequence[Run]) -> str:
+    """`FIRST_SPLIT`, or else the first that there is, of those with captions where any has."""
+    splits = sorted({split for run in runs for split in run.captions}) or splits_of(runs)
+    return FIRST_SPLIT if FIRST_SPLIT in splits else next(iter(splits), "")
 
 
-def _charts(metrics: list[dict[str, Any]]) -> list[str]:
-    charts = []
-    for title, names, smooth in _TRAIN_CHARTS:
-        lines = [series_of(metrics, name, name.removeprefix("train/")) for name in names]
-        charts.append(line_chart(title, lines, smooth=smooth))
-    for suffix, title in _EVAL_METRICS.items():
-        if "perplexity" in suffix:  # the exponential of a loss that has its chart
-            continue
-        lines = [
-            series_of(metrics, f"eval/{split}/{suffix}", split) for split in _eval_splits(metrics)
-        ]
-        charts.append(line_chart(f"Evaluation: {title}", lines))
-    return charts
+def _inlined(name: str) -> Markup:
+    return Markup(resources.files("capjax.reporting").joinpath(name).read_text("utf-8"))
 
 
-def _eval_splits(metrics: list[dict[str, Any]]) -> list[str]:
-    names = {name for line in metrics for name in line if name.startswith("eval/")}
-    return sorted({name.split("/")[1] for name in names if name.count("/") >= 2})
-
-
-def _table(metrics: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The last value of every evaluation metric: a row for each split."""
-    last: dict[str, float] = {}
-    for line in metrics:
-        last |= {name: value for name, value in line.items() if name.startswith("eval/")}
-    columns = [m for m in _EVAL_METRICS if any(name.endswith(f"/{m}") for name in last)]
-    rows = [
-        {
-            "split": split,
-            "cells": [_number(last.get(f"eval/{split}/{metric}")) for metric in columns],
-        }
-        for split in _eval_splits(metrics)
-    ]
-    return {"columns": [_EVAL_METRICS[m] for m in columns], "rows": rows} if rows else None
-
-
-def _facts(metrics: list[dict[str, Any]], summary: dict[str, Any]) -> list[dict[str, str]]:
-    known = {
-        "steps": summary.get("steps") or (metrics[-1]["step"] if metrics else None),
-        "examples seen": summary.get("examples_seen"),
-        "parameters": summary.get("num_params"),
-        "devices": summary.get("devices"),
-        "images per second": summary.get("images_per_s"),
-        "model GFLOP/s": summary["model_flops_per_s"] / 1e9
-        if summary.get("model_flops_per_s")
-        else None,
-        "MFU": summary.get("mfu"),
-        "waiting for data": summary.get("data_wait_fraction"),
-        "first step after (s)": summary.get("first_step_s"),
-        "wall time (min)": summary["wall_s"] / 60 if summary.get("wall_s") else None,
-        "peak memory (GB)": summary["peak_rss_bytes"] / 1e9
-        if summary.get("peak_rss_bytes")
-        else None,
+def _exported(table: Table) -> dict[str, Any]:
+    """A table with data URLs of its CSV and LaTeX forms."""
+    name = "".join(c if c.isalnum() else "-" for c in table.name)
+    return {
+        "table": table,
+        "file": name,
+        "csv": "data:text/csv;charset=utf-8," + quote(to_csv(table), errors="replace"),
+        "latex": "data:text/plain;charset=utf-8," + quote(to_latex(table), errors="replace"),
     }
-    percent = ("waiting for data", "MFU")
-    return [
-        {"name": name, "value": f"{value:.1%}" if name in percent else _number(value)}
-        for name, value in known.items()
-        if value is not None
-    ]
 
 
-def _number(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, int) or (
-        isinstance(value, float) and value.is_integer() and value >= 1000
-    ):
-        return f"{int(value):,}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+def _facts(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """(name, its value in each run) of what some run's summary says."""
+    rows: dict[str, list[str]] = {}
+    for number, run in enumerate(runs):
+        for name, value in _facts_of(run).items():
+            if value is not None:
+                rows.setdefault(name, [""] * len(runs))[number] = value
+    return list(rows.items())
 
 
-def _splits(directory: Path, seed: int, tiles: int) -> list[dict[str, Any]]:
-    splits = []
-    for path in sorted(directory.glob("*.jsonl")) if directory.is_dir() else []:
-        records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-        if not records:
-            continue
-        drawn = random.Random(seed).sample(records, min(tiles, len(records)))
-        images = _images(drawn)
-        exact = sum(record["exact"] for record in records)
-        splits.append(
-            {
-                "name": path.stem,
-                "note": (
-                    f"{len(records):,} captions at step {records[0]['step']:,}; "
-                    f"{exact / len(records):.1%} exact; {len(drawn)} shown."
-                ),
-                "tiles": [record | {"image": images.get(record["key"])} for record in drawn],
-            }
-        )
-    return splits
+def _facts_of(run: Run) -> dict[str, str | None]:
+    def of(name: str, unit: int | float = 1) -> str | None:
+        value = run.summary.get(name)
+        return shown(value / unit) if isinstance(value, (int, float)) else value
 
+    def percent(name: str) -> str | None:
+        value = run.summary.get(name)
+        return None if value is None else f"{value:.1%}"
 
-def _images(records: list[dict[str, Any]]) -> dict[str, str]:
-    """Data URLs of the pictures by key. A source that is gone gives none: the captions remain."""
-    found = {}
-    for name in {record["source"] for record in records}:
-        try:
-            source = open_source(name)
-        except UserError:
-            continue
-        for record in records:
-            if record["source"] == name and record["index"] < len(source):
-                found[record["key"]] = _data_url(source[record["index"]].image)
-    return found
-
-
-def _data_url(image_bytes: bytes) -> str:
-    image = Image.fromarray(decode_image(image_bytes))
-    image.thumbnail((TILE_PIXELS, TILE_PIXELS))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    steps = f"{run.metrics[-1]['step']:,}" if run.metrics else None
+    return {
+        "steps": of("steps") or steps,
+        "examples seen": of("examples_seen"),
+        "parameters": of("num_params"),
+        "devices": of("devices"),
+        "images per second": of("images_per_s"),
+        "model GFLOP/s": of("model_flops_per_s", 1e9),
+        "MFU": percent("mfu"),
+        "waiting for data": percent("data_wait_fraction"),
+        "first step after (s)": of("first_step_s"),
+        "wall time (min)": of("wall_s", 60),
+        "peak memory (GB)": of("peak_rss_bytes", 1e9),
+    }

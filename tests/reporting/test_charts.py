@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capjax.reporting.charts import Series, line_chart, smoothed, ticks
+from capjax.reporting.axes import ticks
+from capjax.reporting.charts import MAX_POINTS, Series, line_chart, smoothed
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,7 @@ def test_points_lie_where_the_axes_say():
     grid = sorted(float(g.get("y1")) for g in svg.iter("line"))
     assert (y1, y0) == pytest.approx((grid[0], grid[-1]))  # the ticks of 1 and of 0
     data = json.loads(svg.get("data-chart"))
-    assert data == [["a", [[x0, y0, 0, 0.0], [x1, y1, 10, 1.0]]]]
+    assert data == [["a", [[x0, y0, "0 at step 0"], [x1, y1, "1 at step 10"]]]]
 
 
 def test_what_is_not_finite_is_left_out_and_nothing_gives_nothing():
@@ -67,6 +68,14 @@ def test_what_is_not_finite_is_left_out_and_nothing_gives_nothing():
     assert line_chart("loss", [Series("a", [1, 2], [math.nan, math.inf])]) == ""
     figure = line_chart("loss", [Series("a", [1, 2, 3], [1.0, math.nan, 2.0])])
     assert len(re.search(r'points="([^"]*)"', figure)[1].split()) == 2
+
+
+def test_a_long_line_is_thinned_to_its_ends():
+    figure = line_chart("loss", [Series("a", range(100_000), [1.0] * 99_999 + [2.0])])
+    points = re.search(r'points="([^"]*)"', figure)[1].split()
+    assert len(points) <= MAX_POINTS + 1
+    assert figure.count("NaN") == 0
+    assert float(points[-1].split(",")[1]) < float(points[0].split(",")[1])  # the last value
 
 
 @given(st.text(max_size=20), st.lists(finite, min_size=1, max_size=60), st.sampled_from([0.0, 0.9]))

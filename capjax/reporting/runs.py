@@ -1,0 +1,159 @@
+"""What `capjax train` and `capjax evaluate` left in a workdir, read for a page."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from capjax.errors import UserError
+from capjax.evaluation.attention import WordMaps
+from capjax.evaluation.measured import Measured, read_measured
+
+
+class Run(NamedTuple):
+    """One workdir. Each mapping is empty where the run has no such files."""
+
+    name: str
+    config: dict[str, Any]
+    summary: dict[str, Any]
+    metrics: list[dict[str, Any]]  # the lines of metrics.jsonl
+    evaluations: dict[str, Measured]  # by the name of the file in evaluations/
+    captions: dict[str, list[dict[str, Any]]]  # by split
+    attention: dict[str, dict[str, WordMaps]]  # by split and key
+
+
+def read_runs(workdirs: Sequence[str | Path]) -> list[Run]:
+    """The runs in the order given, each once, named by the least of their paths that tells apart.
+
+    Raises `UserError` where a directory holds no run, or a file that cannot be read.
+    """
+    paths = list(dict.fromkeys(Path(workdir).expanduser().resolve() for workdir in workdirs))
+    if not paths:
+        raise UserError("no --workdir: give the directory of a `capjax train` run")
+    return [_read_run(path, name) for path, name in zip(paths, _names(paths), strict=True)]
+
+
+def split_of(evaluation: str) -> str:
+    """The split of evaluations/NAME.json: NAME up to an "@" (`val@2.0` is `val`, guided)."""
+    return evaluation.partition("@")[0]
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`; a torn last line (of a run still writing) is left out."""
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text("utf-8", errors="replace").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return [line for line in lines if isinstance(line, dict) and "step" in line]
+
+
+def last_evaluation(run: Run) -> dict[str, dict[str, float]]:
+    """The newest logged value of every `eval/<split>/<metric>`: by split, then by metric."""
+    found: dict[str, dict[str, float]] = {}
+    for line in run.metrics:
+        for name, value in line.items():
+            if name.startswith("eval/") and name.count("/") >= 2 and value is not None:
+                _, split, metric = name.split("/", 2)
+                found.setdefault(split, {})[metric] = value
+    return found
+
+
+def splits_of(runs: Sequence[Run]) -> list[str]:
+    """Every split that any of the runs was evaluated on, in alphabetical order."""
+    found: set[str] = set()
+    for run in runs:
+        found |= last_evaluation(run).keys() | run.captions.keys()
+        found |= {split_of(name) for name in run.evaluations}
+    return sorted(found)
+
+
+def config_differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """The fields in which the runs' configs differ, with the value of each run ("" for none)."""
+    flat = [_flat(run.config) for run in runs]
+    fields = sorted({field for config in flat for field in config})
+    rows = [(field, [config.get(field, "") for config in flat]) for field in fields]
+    return [(field, values) for field, values in rows if len(set(values)) > 1]
+
+
+def _read_run(path: Path, name: str) -> Run:
+    if not (path / "config.json").is_file():
+        raise UserError(
+            f"workdir={path}: no config.json there; give the --workdir of a `capjax train` run"
+        )
+    return Run(
+        name=name,
+        config=_read_json(path / "config.json"),
+        summary=_read_json(path / "summary.json") if (path / "summary.json").is_file() else {},
+        metrics=read_metrics(path / "metrics.jsonl"),
+        evaluations={
+            file.stem: read_measured(file) for file in sorted(path.glob("evaluations/*.json"))
+        },
+        captions={
+            file.stem: records
+            for file in sorted(path.glob("captions/*.jsonl"))
+            if (records := _read_captions(file))
+        },
+        attention={file.stem: _read_attention(file) for file in path.glob("attention/*.json")},
+    )
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not a JSON file ({error}); write it again") from error
+
+
+def _read_captions(path: Path) -> list[dict[str, Any]]:
+    records = []
+    for number, line in enumerate(path.read_text("utf-8").split("\n"), 1):
+        if not line:
+            continue
+        try:
+            record = json.loads(line)
+            records.append(record | {"key": str(record["key"]), "caption": str(record["caption"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path}, line {number}: not an object with `key` and `caption` "
+                f"({type(error).__name__}: {error}); caption the split again"
+            ) from error
+    return records
+
+
+def _read_attention(path: Path) -> dict[str, WordMaps]:
+    found = {}
+    for key, value in _read_json(path).items():
+        try:
+            words, (height, width) = value["words"], value["grid"]
+            weights = np.array(value["weights"], np.uint8).reshape(len(words), height * width)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise UserError(
+                f"{path}: {key!r}: expected words, grid [h, w], and h * w weights of 0..255 a word "
+                f"({type(error).__name__}: {error}); write the file again"
+            ) from error
+        found[key] = WordMaps(words, (height, width), weights)
+    return found
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    for parts in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-parts:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    fields = {}
+    for name, value in config.items():
+        if isinstance(value, dict) and value:
+            fields |= _flat(value, f"{prefix}{name}.")
+        else:
+            fields[prefix + name] = json.dumps(value, ensure_ascii=False)
+    return fields

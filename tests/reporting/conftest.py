@@ -1,0 +1,102 @@
+"""Runs as `capjax train` and `capjax evaluate` leave them, in small."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from capjax.data.sources import open_source
+from capjax.evaluation.attention import WordMaps, write_word_maps
+from capjax.evaluation.measured import Measured, write_measured
+
+SCRIPT = "<script>document.title = 'broken'</script>"
+NUM_IMAGES = 30
+
+
+@pytest.fixture(scope="session")
+def make_run() -> Callable[..., Path]:
+    """`make_run(directory, shift=0.0)` writes a run there whose figures are moved by `shift`.
+
+    Its split `concept` has 30 captions, of which the first is a script, every even one is exact,
+    and every third is not what finds its image.
+    """
+    source = open_source("emoji:concept")
+    examples = [source[index] for index in range(NUM_IMAGES)]
+    keys = tuple(example.key for example in examples)
+
+    def measured(shift: float, scale: float) -> Measured:
+        number = np.arange(NUM_IMAGES, dtype=float)
+        wrong = number % 3 == 0
+        cider = (number / 10 + shift) / scale
+        return Measured(
+            metrics={
+                "cider_d": float(cider.mean()),
+                "caption_to_image_r1": 0.5 + 0.1 * scale + shift,
+                "distinct_ratio": 1.0,
+            },
+            items={
+                "cider_d": np.where(number == 7, np.nan, cider),
+                "caption_to_image_rank": np.where(wrong, 5.0, 1.0),
+                "caption_to_image_nearest_key": np.where(wrong, np.roll(keys, 1), keys),
+            },
+            keys=keys,
+            intervals={"cider_d": (cider.mean() - 0.25, cider.mean() + 0.25)},
+            skipped={"spice": "its parser <is> not here"},
+            notes={"guidance_scale": scale, "tokenizer": "ptb"},
+        )
+
+    def make(directory: Path, shift: float = 0.0) -> Path:
+        (directory / "captions").mkdir(parents=True)
+        (directory / "evaluations").mkdir()
+        (directory / "attention").mkdir()
+        (directory / "config.json").write_text(json.dumps({"name": "a test", "seed": shift}))
+        (directory / "summary.json").write_text(
+            json.dumps({"steps": 40, "num_params": 1832256, "data_wait_fraction": 0.0123})
+        )
+        lines = [{"step": s, "wall_s": 3.0 * s, "train/loss": 5 / s + shift} for s in range(1, 41)]
+        for step in (20, 40):
+            lines.append(
+                {
+                    "step": step,
+                    "wall_s": 3.0 * step,
+                    "eval/concept/exact_match": step / 100 + shift,
+                    "eval/concept/loss": 1.5,
+                }
+            )
+        (directory / "metrics.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in lines) + '{"step"'
+        )
+        captions = [f"caption {index}" for index in range(NUM_IMAGES)]
+        captions[0] = SCRIPT
+        if shift:
+            captions[1] = "another caption"
+        records = [
+            {
+                "key": example.key,
+                "source": "emoji:concept",
+                "index": index,
+                "caption": captions[index],
+                "references": [example.captions[0].text],
+                "exact": index % 2 == 0,
+                "unigram_f1": 0.25,
+                "logprob": -1.0,
+                "num_tokens": 3,
+            }
+            for index, example in enumerate(examples)
+        ]
+        (directory / "captions" / "concept.jsonl").write_text(
+            "".join(json.dumps(record) + "\n" for record in records)
+        )
+        for name, scale in {"concept": 1.0, "concept@2": 2.0}.items():
+            write_measured(directory / "evaluations" / f"{name}.json", measured(shift, scale))
+        maps = {
+            key: WordMaps(caption.split(), (2, 3), np.eye(6, dtype=np.uint8)[:2] * 255)
+            for key, caption in zip(keys, captions, strict=True)
+            if len(caption.split()) == 2
+        }
+        write_word_maps(directory / "attention" / "concept.json", maps)
+        return directory
+
+    return make

@@ -1,0 +1,64 @@
+"""What a workdir holds, and one clear line where a file is not what it should be."""
+
+import json
+
+import pytest
+
+from capjax.errors import UserError
+from capjax.reporting.runs import config_differences, last_evaluation, read_runs, splits_of
+
+
+def test_runs_are_named_by_what_tells_them_apart(tmp_path, make_run):
+    paths = [make_run(tmp_path / name) for name in ("a/run", "b/run", "c")]
+    names = [run.name for run in read_runs(paths)]
+    assert names == ["a/run", "b/run", f"{tmp_path.name}/c"]
+    assert [run.name for run in read_runs([paths[2], paths[2]])] == ["c"]  # each once
+
+
+def test_a_run_holds_what_its_files_say(tmp_path, make_run):
+    (run,) = read_runs([make_run(tmp_path / "run")])
+    assert splits_of([run]) == ["concept"]
+    assert last_evaluation(run)["concept"] == {"exact_match": 0.4, "loss": 1.5}
+    assert set(run.evaluations) == {"concept", "concept@2"}
+    assert run.attention["concept"][run.captions["concept"][1]["key"]].weights.shape == (2, 6)
+
+
+def test_a_line_separator_in_a_caption_ends_no_line(tmp_path, make_run):
+    root = make_run(tmp_path / "run")
+    text = json.dumps({"key": "a", "caption": "one\u2028two\u0085"}, ensure_ascii=False)
+    (root / "captions" / "concept.jsonl").write_text(text + "\n")
+    (run,) = read_runs([root])
+    assert [record["caption"] for record in run.captions["concept"]] == ["one\u2028two\u0085"]
+
+
+def test_only_the_fields_that_differ_are_listed(tmp_path, make_run):
+    runs = read_runs([make_run(tmp_path / "a"), make_run(tmp_path / "b", shift=0.5)])
+    assert config_differences(runs) == [("seed", ["0.0", "0.5"])]
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "says"),
+    [
+        ("config.json", "{", "not a JSON file"),
+        ("captions/concept.jsonl", '{"key": "a"}\n', "line 1: not an object"),
+        ("captions/concept.jsonl", "[]\n", "line 1: not an object"),
+        ("attention/concept.json", '{"a": {"words": ["b"], "grid": [1, 2]}}', "weights"),
+        (
+            "attention/concept.json",
+            '{"a": {"words": ["b"], "grid": [1, 2], "weights": [[1, 300]]}}',
+            "h \\* w weights",
+        ),
+        ("evaluations/concept.json", "{}", "capjax evaluate"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, make_run, file, text, says):
+    root = make_run(tmp_path / "run")
+    (root / file).write_text(text)
+    with pytest.raises(UserError, match=says) as caught:
+        read_runs([root])
+    assert str(root / file) in str(caught.value)
+
+
+def test_a_place_without_a_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no config\.json"):
+        read_runs([tmp_path])
