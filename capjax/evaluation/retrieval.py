@@ -1,10 +1,10 @@
 """How well images find their captions, and captions their images, in a held-out set.
 
-Letters: N images, M distinct captions, D width of the common space.
+Letters: N images, M distinct captions, D width of the common space, E pairs of them.
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np
@@ -14,13 +14,15 @@ from jax.sharding import Mesh
 from capjax.data.tokenizer import PAD_ID
 from capjax.dims import Array, Params
 from capjax.errors import UserError
+from capjax.evaluation.measured import Measured
+from capjax.evaluation.ranking import nearest, rank_pairs
 from capjax.mesh import place_batch
 from capjax.models.coca import CoCa
 from capjax.models.two_towers import TwoTowers
 from capjax.objectives.contrastive import sigmoid_loss, softmax_loss
 
 RECALLS = (1, 5, 10)
-BLOCK = 1024  # images compared at a time
+TIES = "a tie is a miss; *_ties_as_hits says what counting it as a hit would give"
 
 
 def evaluate_retrieval(
@@ -67,7 +69,7 @@ def evaluate_retrieval(
         raise UserError("evaluation: expected captioned examples, found none; check the split")
     image_ND, text_ND, tokens_NL = (np.concatenate(x) for x in zip(*parts, strict=True))
     _, first_M, caption_N = np.unique(tokens_NL, axis=0, return_index=True, return_inverse=True)
-    image_rank_N, text_rank_M = ranks(image_ND, text_ND[first_M], caption_N.reshape(-1))
+    image_rank_N, text_rank_M = ranks(image_ND, text_ND[first_M], caption_N.reshape(-1), mesh)
     metrics = {f"image_to_text_r{k}": float((image_rank_N <= k).mean()) for k in RECALLS}
     metrics |= {f"text_to_image_r{k}": float((text_rank_M <= k).mean()) for k in RECALLS}
     with jax.set_mesh(mesh):
@@ -81,25 +83,114 @@ def evaluate_retrieval(
 
 
 def ranks(
-    image_ND: np.ndarray, text_MD: np.ndarray, caption_N: np.ndarray
+    image_ND: np.ndarray, text_MD: np.ndarray, caption_N: np.ndarray, mesh: Mesh | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """(the rank of each image's caption among the M, the best rank of each caption's images).
 
     `caption_N` names each image's caption by its row in `text_MD`; every caption has an image.
-    Similarities are computed in float64 and rounded to float32, so that equal pairs are equal.
     """
-    image_ND, text_MD = image_ND.astype(np.float64), text_MD.astype(np.float64)
-    own_N = np.einsum("nd,nd->n", image_ND, text_MD[caption_N]).astype(np.float32)
-    best_M = np.full(len(text_MD), -np.inf, np.float32)
-    np.maximum.at(best_M, caption_N, own_N)
-    image_rank_N, text_rank_M = np.ones(len(image_ND), np.int64), np.ones(len(text_MD), np.int64)
-    for start in range(0, len(image_ND), BLOCK):
-        rows = slice(start, start + BLOCK)
-        similarity_NM = (image_ND[rows] @ text_MD.T).astype(np.float32)
-        is_other_NM = caption_N[rows, None] != np.arange(len(text_MD))[None, :]
-        image_rank_N[rows] += (is_other_NM & (similarity_NM >= own_N[rows, None])).sum(1)
-        text_rank_M += (is_other_NM & (similarity_NM >= best_M[None, :])).sum(0)
-    return image_rank_N, text_rank_M
+    image_N = np.arange(len(image_ND))
+    images = rank_pairs(image_ND, text_MD, image_N, caption_N, mesh)
+    texts = rank_pairs(text_MD, image_ND, caption_N, image_N, mesh)
+    return 1 + images.better_E, 1 + _least(texts.better_E, caption_N, len(text_MD))
+
+
+def measure_retrieval(
+    image_ND: np.ndarray,
+    text_MD: np.ndarray,
+    image_E: np.ndarray,
+    text_E: np.ndarray,
+    *,
+    keys: Sequence[str],
+    texts: Sequence[str] | None = None,
+    mesh: Mesh | None = None,
+) -> Measured:
+    """Retrieval both ways where an image has any number of captions, and a caption of images.
+
+    Args:
+      image_E, text_E: the pairs that belong together, as rows of the embeddings, each pair once.
+        Every image and every text is in one at least.
+      keys: of the images; texts: of the rows of `text_MD`, for the wrong neighbours.
+
+    Returns, for `image_to_text` and `text_to_image`:
+      _r1, _r5, _r10: the share of the queries with any of theirs among the first k. What belongs to
+        the query does not stand in its way, and a tie with anything else is a miss.
+      _r1_ties_as_hits: recall at 1 if a tie were a hit; _tie_rate: the share of the queries whose
+        best is as similar as something that is not theirs.
+      _r_precision, _map_at_r: of a query with R of its own, the share of them among the first R,
+        and the mean over these R places of the precision so far where the place is one of its own,
+        else 0 (Musgrave et al. 2020).
+    Items, one an image: image_to_text_rank, and with `texts` image_to_text_nearest: the most
+    similar text that is not its own.
+    """
+    ways = {
+        "image_to_text": (image_ND, text_MD, image_E, text_E),
+        "text_to_image": (text_MD, image_ND, text_E, image_E),
+    }
+    metrics, ranks_of = {}, {}
+    for way, (queries_ND, targets_MD, query_E, target_E) in ways.items():
+        ranking = rank_pairs(queries_ND, targets_MD, query_E, target_E, mesh)
+        rank_N = 1 + _least(ranking.better_E, query_E, len(queries_ND))
+        lenient_N = 1 + _least(ranking.strictly_E, query_E, len(queries_ND))
+        precision_N, average_N = precision_at_r(ranking.better_E, query_E, len(queries_ND))
+        ranks_of[way] = rank_N
+        metrics |= {f"{way}_r{k}": float((rank_N <= k).mean()) for k in RECALLS}
+        metrics |= {
+            f"{way}_r1_ties_as_hits": float((lenient_N <= 1).mean()),
+            f"{way}_tie_rate": float((lenient_N < rank_N).mean()),
+            f"{way}_r_precision": float(precision_N.mean()),
+            f"{way}_map_at_r": float(average_N.mean()),
+        }
+    items: dict[str, np.ndarray] = {"image_to_text_rank": ranks_of["image_to_text"]}
+    if texts is not None:
+        wrong_N = nearest_wrong(image_ND, text_MD, image_E, text_E, mesh)
+        names = [texts[wrong] if wrong >= 0 else "" for wrong in wrong_N]
+        items["image_to_text_nearest"] = np.array(names, object)
+    return Measured(metrics, items, tuple(keys), notes={"retrieval_ties": TIES})
+
+
+def precision_at_r(
+    better_E: np.ndarray, query_E: np.ndarray, num_queries: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(R-Precision, mAP@R) of each query, from how many wrong targets its own are behind."""
+    order_E = np.lexsort((better_E, query_E))
+    own_N = np.bincount(query_E, minlength=num_queries)
+    starts_N = np.cumsum(own_N) - own_N
+    query_E, better_E = query_E[order_E], better_E[order_E]
+    number_E = 1 + np.arange(len(query_E)) - starts_N[query_E]  # the first, second, ... of its own
+    place_E = number_E + better_E
+    is_in_E = place_E <= own_N[query_E]
+    precision_N = np.bincount(query_E, is_in_E, num_queries) / own_N
+    average_N = np.bincount(query_E, is_in_E * number_E / place_E, num_queries) / own_N
+    return precision_N, average_N
+
+
+def nearest_wrong(
+    queries_ND: np.ndarray,
+    targets_MD: np.ndarray,
+    query_E: np.ndarray,
+    target_E: np.ndarray,
+    mesh: Mesh | None = None,
+) -> np.ndarray:
+    """The most similar target of each query that is not its own; -1 where all are."""
+    most = np.bincount(query_E).max()
+    _, index_NK = nearest(queries_ND, targets_MD, int(min(most + 1, len(targets_MD))), mesh)
+    own_of: list[set[int]] = [set() for _ in queries_ND]
+    for query, target in zip(query_E.tolist(), target_E.tolist(), strict=True):
+        own_of[query].add(target)
+    return np.array(
+        [
+            next((index for index in row if index not in own), -1)
+            for row, own in zip(index_NK.tolist(), own_of, strict=True)
+        ]
+    )
+
+
+def _least(values_E: np.ndarray, group_E: np.ndarray, num_groups: int) -> np.ndarray:
+    """The least value of each group."""
+    least_N = np.full(num_groups, np.iinfo(np.int64).max)
+    np.minimum.at(least_N, group_E, values_E)
+    return least_N
 
 
 @functools.partial(jax.jit, static_argnums=0)

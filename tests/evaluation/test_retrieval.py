@@ -8,8 +8,14 @@ import numpy as np
 import pytest
 
 from capjax.errors import UserError
-from capjax.evaluation import retrieval
-from capjax.evaluation.retrieval import evaluate_retrieval, ranks
+from capjax.evaluation import ranking
+from capjax.evaluation.retrieval import (
+    evaluate_retrieval,
+    measure_retrieval,
+    nearest_wrong,
+    precision_at_r,
+    ranks,
+)
 from capjax.mesh import MeshShape, make_mesh, place_tree
 from capjax.models.two_towers import TwoTowers, TwoTowersConfig
 from capjax.objectives.contrastive import sigmoid_loss, softmax_loss
@@ -106,9 +112,52 @@ def test_ranks_one_by_one(monkeypatch):
     caption_N = np.concatenate([np.arange(12), rng.integers(0, 12, 18)])
     expected = ranks_one_by_one(image_ND, text_MD, caption_N)
     for block in (7, 1024):
-        monkeypatch.setattr(retrieval, "BLOCK", block)
-        np.testing.assert_array_equal(ranks(image_ND, text_MD, caption_N)[0], expected[0])
-        np.testing.assert_array_equal(ranks(image_ND, text_MD, caption_N)[1], expected[1])
+        monkeypatch.setattr(ranking, "TARGETS", block)
+        for mesh in (None, make_mesh(MeshShape(data=8))):
+            found = ranks(image_ND, text_MD, caption_N, mesh)
+            np.testing.assert_array_equal(found[0], expected[0])
+            np.testing.assert_array_equal(found[1], expected[1])
+
+
+def test_precision_among_the_first_r():
+    """R = 3 with hits at the places 1 and 3: and the third one of its own behind ten others."""
+    precision, average = precision_at_r(np.array([1, 10, 0]), np.zeros(3, int), 1)
+    np.testing.assert_allclose(average, [5 / 9])
+    np.testing.assert_allclose(precision, [2 / 3])
+    # Two queries in any order, the second with all of its own in front.
+    precision, average = precision_at_r(np.array([0, 1, 0, 10, 0]), np.array([1, 0, 0, 0, 1]), 2)
+    np.testing.assert_allclose(average, [5 / 9, 1])
+    np.testing.assert_allclose(precision, [2 / 3, 1])
+
+
+def test_several_captions_an_image():
+    """Three images, five texts; similarities are the images' coordinates."""
+    image_ND = np.array(
+        [[0.1, 0.9, 0.2, 0.3, 0.0], [0.5, 0.0, 0.7, 0.5, 0.6], [0.2, 0.0, 0.1, 0.0, 0.6]]
+    )
+    image_E, text_E = np.array([0, 0, 1, 1, 2]), np.array([0, 1, 2, 3, 4])
+    found = measure_retrieval(image_ND, np.eye(5), image_E, text_E, keys="xyz", texts=list("abcde"))
+    # Any of its own will do: 0.9 finds image 0, 0.7 image 1, 0.6 image 2.
+    assert [found.metrics[f"image_to_text_r{k}"] for k in (1, 5, 10)] == [1, 1, 1]
+    # Text a is image 1's first, before image 2 and its own; e ties between the images 1 and 2.
+    assert found.metrics["text_to_image_r1"] == 3 / 5
+    assert found.metrics["text_to_image_r1_ties_as_hits"] == 4 / 5
+    assert found.metrics["text_to_image_tie_rate"] == 1 / 5
+    assert found.metrics["image_to_text_tie_rate"] == 0
+    # Image 0: places 1 and 5 (a is last but one: d and c are more similar); image 1: 1, then d
+    # ties with a and is behind e, so at place 4; image 2: its only one is first.
+    np.testing.assert_allclose(found.metrics["image_to_text_r_precision"], (0.5 + 0.5 + 1) / 3)
+    np.testing.assert_allclose(found.metrics["image_to_text_map_at_r"], (0.5 + 0.5 + 1) / 3)
+    np.testing.assert_array_equal(found.items["image_to_text_rank"], [1, 1, 1])
+    assert found.items["image_to_text_nearest"].tolist() == ["d", "e", "a"]
+    assert found.keys == ("x", "y", "z")
+
+
+def test_what_is_most_alike_and_wrong():
+    same = np.ones((3, 2))
+    pairs = np.divmod(np.arange(9), 3)
+    np.testing.assert_array_equal(nearest_wrong(same, same, *pairs), [-1, -1, -1])
+    np.testing.assert_array_equal(nearest_wrong(same, same, np.arange(3), np.arange(3)), [1, 0, 0])
 
 
 def test_equal_embeddings_find_nothing():

@@ -1,0 +1,93 @@
+"""Bags: on points by hand, their promises on any points, their files."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from capjax.data import bags
+from capjax.data.bags import DUPLICATE, build_bags, read_bags, write_bags
+from capjax.errors import UserError
+
+
+def at_angles(*degrees):
+    angle = np.deg2rad(degrees)
+    return np.stack([np.cos(angle), np.sin(angle)], 1)
+
+
+def test_bags_by_hand():
+    # The last two are nearest and go first. 0 and 20 are each other's nearest: the lower row is
+    # the anchor. 41 finds nobody.
+    points = at_angles(0, 20, 41, 100, 112)
+    assert build_bags(points, 2) == [[3, 4], [0, 1]]
+    assert build_bags(points, 2, min_similarity=np.cos(np.deg2rad(15))) == [[3, 4]]
+    # Near-duplicates (5 and 6 degrees apart) do not share a bag, and both may be in one.
+    points = at_angles(0, 5, 20, 26)
+    assert build_bags(points, 2) == [[1, 2], [0, 3]]
+    assert build_bags(points, 3) == []
+    assert build_bags(points, 3, duplicate=1.0) == [[1, 0, 2]]
+
+
+@given(
+    seed=st.integers(0, 2**16),
+    count=st.integers(1, 40),
+    size=st.integers(2, 6),
+    duplicate=st.sampled_from([0.3, DUPLICATE]),
+)
+@settings(max_examples=60)
+def test_promises(seed, count, size, duplicate):
+    rng = np.random.default_rng(seed)
+    points = rng.standard_normal((count, 3)) * rng.uniform(0.1, 10, (count, 1))
+    points[rng.integers(0, count, count // 2)] = points[0]
+    found = build_bags(points, size, duplicate=duplicate)
+    assert found == build_bags(points.astype(np.float64) * 4, size, duplicate=duplicate)
+    rows = [row for bag in found for row in bag]
+    assert len(set(rows)) == len(rows) and all(len(bag) == size for bag in found)
+    unit = points / np.linalg.norm(points, axis=1, keepdims=True)
+    for bag in found:
+        cosine = unit[bag] @ unit[bag].T
+        assert (cosine[~np.eye(size, dtype=bool)] <= duplicate + 1e-5).all()
+
+
+def test_blocks_change_nothing(monkeypatch):
+    points = np.random.default_rng(0).standard_normal((50, 8))
+    expected = build_bags(points, 4)
+    assert len(expected) > 8
+    monkeypatch.setattr(bags, "BLOCK", 7)
+    assert build_bags(points, 4) == expected
+
+
+def test_bags_are_tighter_than_chance():
+    points = np.random.default_rng(1).standard_normal((200, 8))
+    unit = points / np.linalg.norm(points, axis=1, keepdims=True)
+    means = [(unit[bag] @ unit[bag].T).mean() for bag in build_bags(points, 4)]
+    assert np.mean(means[:10]) > np.mean(means[-10:]) > 0.25  # 0.25: the row itself
+    assert np.mean(means) > 0.5
+
+
+def test_files_in_the_form_of_truematch(tmp_path):
+    path = tmp_path / "3.json"
+    write_bags(path, [[2, 0, 1]], ["10", "7", "391895"])
+    assert json.loads(path.read_text()) == [[391895, 10, 7]]
+    assert read_bags(path) == [["391895", "10", "7"]]
+    assert read_bags(path, {"10": "val/10.jpg"}) == [["391895", "val/10.jpg", "7"]]
+    write_bags(path, [[1, 0]], ["007", "fluent/1f600"])
+    assert read_bags(path) == [["fluent/1f600", "007"]]
+
+
+@pytest.mark.parametrize("content", ["{", "3", "[[1, 2], [3]]", "[[1, 1]]"])
+def test_other_files(tmp_path, content):
+    path = tmp_path / "bags.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"bags\.json: expected"):
+        read_bags(path)
+
+
+def test_what_makes_no_bags():
+    assert build_bags(np.eye(2), 3) == []
+    with pytest.raises(UserError, match="size=1: a bag takes at least 2"):
+        build_bags(np.eye(3), 1)
+    with pytest.raises(UserError, match="row 1 is not finite or vanishes"):
+        build_bags(np.diag([1.0, 0.0]), 2)
