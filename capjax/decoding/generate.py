@@ -1,7 +1,8 @@
 """Captions from images in one compiled loop with a key/value cache and early exit.
 
 The loop is the same for every method. A method is a module with `start`, `advance` and `finish`:
-`single` (greedy and sampling), `beam`, `contrastive`.
+`single` (greedy and sampling), `beam`, `contrastive`. Only where captions are written each at its
+own pace is there another loop, in `speculative`.
 """
 
 import functools
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from capjax.data.tokenizer import PAD_ID
-from capjax.decoding import beam, contrastive, guidance, processors, sampling, single
+from capjax.decoding import beam, contrastive, guidance, processors, sampling, single, speculative
 from capjax.decoding.options import GREEDY, DecodingOptions
 from capjax.decoding.texts import FINISH_REASONS, Position, Texts
 from capjax.dims import Array, Bool, Float, Int, Params, PRNGKeyArray
@@ -148,6 +149,17 @@ def generate(
     if contrast is not None and not options.is_guided and language is None:
         raise UserError("contrast: guidance_scale=1 leads away from nothing; set it above 1")
     batch = inputs.shape[0]
+    key = jax.random.key(0) if key is None else key
+    index_B = jnp.arange(batch) if index_B is None else index_B
+    mask_B = jnp.ones(batch, bool) if mask_B is None else mask_B
+    if options.is_by_rows and isinstance(model, Captioner):  # which `check_options` saw to
+        if forced_BL is not None or contrast is not None or language is not None:
+            raise UserError("draft_length and num_slots take no prefix, contrast or language model")
+        written = speculative.write_by_rows(
+            model, params, inputs, index_B, mask_B, key, max_length, options
+        )
+        score_B = jnp.sum(written.logprobs_BL, axis=-1)
+        return Generated(*(x[:, None] for x in (*written[:5], score_B)))
     if forced_BL is not None:
         if forced_BL.shape[1] > max_length:
             raise UserError(
@@ -191,12 +203,12 @@ def generate(
         inputs,
         contrast,
         None if language is None else language.params,
-        jnp.arange(batch) if index_B is None else index_B,
-        jnp.ones(batch, bool) if mask_B is None else mask_B,
+        index_B,
+        mask_B,
         forced_BL,
         banned_MW,
         stop_MW,
-        jax.random.key(0) if key is None else key,
+        key,
         numbers,
         rules=rules,
     )
@@ -216,6 +228,13 @@ def check_options(model: Captioner | CoCa, options: DecodingOptions) -> int:
     for name, most in (("num_beams", columns // 2), ("top_k", columns)):
         if getattr(options, name) > most:
             raise UserError(f"{name}={getattr(options, name)}: at most {most} of this vocabulary")
+    if options.is_by_rows and not isinstance(model, Captioner):
+        raise UserError("draft_length and num_slots need a captioner; this model is a CoCa")
+    if options.draft_length and not model.config.mask_token:
+        raise UserError(
+            f"draft_length={options.draft_length}: drafts need a model with a parallel mode "
+            "(model.mask_token=true, objective.captioning.parallel_fraction above 0)"
+        )
     if len(options.guidance_scales) > length:
         raise UserError(
             f"guidance_scale has {len(options.guidance_scales)} values for max_length={length}"
@@ -272,7 +291,7 @@ def _generate(
         )
         token_B = _forced_token(forced_BL, index, mask_B)
         scores_BSV = _allowed(logprobs_BSV, state.texts, index, numbers, rules, banned_MW)
-        scores_BSV = _truncated(scores_BSV, numbers, rules)
+        scores_BSV = sampling.truncate(scores_BSV, numbers, rules)
         if forced_BL is not None:
             scores_BSV = processors.force(scores_BSV, token_B)
         position = Position(
@@ -354,14 +373,3 @@ def _allowed(
         scores_BSV = processors.ban_sequences(scores_BSV, texts.tokens_BSL, index, banned_MW)
     scores_BSV = processors.ban_end(scores_BSV, index < numbers.min_length)
     return processors.ban_padding(scores_BSV)
-
-
-def _truncated(scores_BSV, numbers: _Numbers, rules: _Rules) -> Float[Array, "B S V"]:
-    """Scores of what may be drawn, in Hugging Face's order."""
-    if rules.top_k:
-        scores_BSV = sampling.keep_top_k(scores_BSV, rules.top_k)
-    if rules.has_top_p:
-        scores_BSV = sampling.keep_top_p(scores_BSV, numbers.top_p)
-    if rules.has_min_p:
-        scores_BSV = sampling.keep_min_p(scores_BSV, numbers.min_p)
-    return scores_BSV

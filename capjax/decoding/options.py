@@ -38,6 +38,11 @@ class DecodingOptions:
       guidance_scale: classifier-free guidance (Kornblith et al. 2023): 1 is none, 0 without image.
         A sequence is a schedule over positions, its last value kept. Needs a model trained with
         `image_dropout`.
+      draft_length: self-speculative decoding: the parallel mode of a CapPa model drafts the whole
+        caption, and this many of its tokens are verified at once. Captions remain those of greedy
+        search, or draws from the same distribution. 0: none.
+      num_slots: captions of a batch under way at once on one device, where one that is done makes
+        room for the next; 0: all of the batch, which then waits for its longest.
       banned: texts that may not be written, in the tokens that the tokenizer cuts them into.
       stop: texts, in their tokens likewise, after which a caption ends.
     """
@@ -58,6 +63,8 @@ class DecodingOptions:
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
     guidance_scale: float | Sequence[float] = 1.0
+    draft_length: int = 0
+    num_slots: int = 0
     banned: Sequence[str] = ()
     stop: Sequence[str] = ()
 
@@ -95,6 +102,11 @@ class DecodingOptions:
         """Whether the logits without image are needed."""
         return any(scale != 1 for scale in self.guidance_scales)
 
+    @property
+    def is_by_rows(self) -> bool:
+        """Whether captions are written each at its own pace (`speculative`), not in step."""
+        return self.draft_length > 0 or self.num_slots > 0
+
     def _rules(self) -> list[tuple[str, bool, str]]:
         finite = all(map(math.isfinite, self.guidance_scales))
         return [
@@ -129,6 +141,8 @@ class DecodingOptions:
                 "a positive number (1: none)",
             ),
             ("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "at least 1, or 0 for none"),
+            ("draft_length", self.draft_length >= 0, "at least 1, or 0 for none"),
+            ("num_slots", self.num_slots >= 0, "at least 1, or 0 for all of the batch"),
             (
                 "guidance_scale",
                 finite and len(self.guidance_scales) > 0,
@@ -176,11 +190,30 @@ class DecodingOptions:
                 f"num_captions={self.num_captions}: {method} search has one caption an image; "
                 "set temperature (1, say) for draws, or num_beams"
             )
+        if self.is_by_rows:
+            self._check_plain("draft_length" if self.draft_length else "num_slots")
         if (self.diversity_penalty > 0) != (self.num_beam_groups > 1):
             raise UserError(
                 f"diversity_penalty={self.diversity_penalty} with num_beam_groups="
                 f"{self.num_beam_groups}: they are set together, above 0 and above 1"
             )
+
+    def _check_plain(self, asked: str) -> None:
+        """Raises `UserError` unless the next token depends on the text before it alone."""
+        if self.method not in ("greedy", "sample"):
+            raise UserError(
+                f"{asked}={getattr(self, asked)} is of greedy search and sampling; leave out "
+                f"{'num_beams' if self.method == 'beam' else 'penalty_alpha'}"
+            )
+        for name in (
+            *("num_captions", "guidance_scale", "repetition_penalty", "no_repeat_ngram_size"),
+            *("banned", "stop"),
+        ):
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise UserError(
+                    f"{name}={getattr(self, name)} does not go together with {asked}; "
+                    "leave out one of them"
+                )
 
 
 GREEDY = DecodingOptions()

@@ -144,6 +144,20 @@ def keep_min_p(scores_BSV: Float[Array, "B S V"], min_p: Float[Array, ""]) -> Fl
     return jnp.where(scores_BSV < highest_BS1 + jnp.log(min_p), -jnp.inf, scores_BSV)
 
 
+def truncate(scores_BSV: Float[Array, "B S V"], numbers, rules) -> Float[Array, "B S V"]:
+    """Scores of what may be drawn, in Hugging Face's order: top-k, top-p, min-p.
+
+    `rules` say which of them there are, `numbers` the thresholds.
+    """
+    if rules.top_k:
+        scores_BSV = keep_top_k(scores_BSV, rules.top_k)
+    if rules.has_top_p:
+        scores_BSV = keep_top_p(scores_BSV, numbers.top_p)
+    if rules.has_min_p:
+        scores_BSV = keep_min_p(scores_BSV, numbers.min_p)
+    return scores_BSV
+
+
 def row_keys(key: PRNGKeyArray, index_B: Int[Array, "B"], num_rows: int = 1) -> Key[Array, "B S"]:
     """One key a row, from the input's index and the row's alone: batch and mesh change no draw."""
     fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))

@@ -6,13 +6,15 @@ A file of it is what pages and comparisons read.
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from etils import epath
 
 from capjax.errors import UserError
 from capjax.training.workdir import write_atomic
+
+Value = TypeVar("Value")
 
 
 class Measured(NamedTuple):
@@ -77,14 +79,23 @@ def join(parts: Mapping[str, Measured]) -> Measured:
     keys = {part.keys for part in parts.values() if part.items}
     if len(keys) > 1:
         raise ValueError(f"{sorted(parts)}: expected items of the same keys in all parts")
-    joined = Measured({}, {}, keys.pop() if keys else (), {}, {}, {})
+    return Measured(
+        metrics=_merged({name: part.metrics for name, part in parts.items()}),
+        items=_merged({name: part.items for name, part in parts.items()}),
+        keys=keys.pop() if keys else (),
+        intervals=_merged({name: part.intervals for name, part in parts.items()}),
+        skipped=_merged({name: part.skipped for name, part in parts.items()}),
+        notes=_merged({name: part.notes for name, part in parts.items()}),
+    )
+
+
+def _merged(parts: Mapping[str, Mapping[str, Value]]) -> dict[str, Value]:
+    whole: dict[str, Value] = {}
     for name, part in parts.items():
-        for whole, piece in zip(joined, part, strict=True):
-            if isinstance(whole, dict):
-                if twice := whole.keys() & piece.keys():
-                    raise ValueError(f"{name}: {sorted(twice)} measured twice")
-                whole.update(piece)
-    return joined
+        if twice := whole.keys() & part.keys():
+            raise ValueError(f"{name}: {sorted(twice)} measured twice")
+        whole.update(part)
+    return whole
 
 
 def _number(value: int | float | str) -> int | float | str | None:

@@ -161,12 +161,12 @@ class SelfAttention(nnx.Module):
         self.rotary = rotary
         self.implementation = implementation
 
-    def project(self, x_BLD: Float[Array, "B L D"], position_L: Array | None = None) -> list[Array]:
-        """Query, key and value, each (B, L, N, K), of the positions, by default 0 .. L-1."""
+    def project(self, x_BLD: Float[Array, "B L D"], position: Array | None = None) -> list[Array]:
+        """Query, key and value, each (B, L, N, K); for the positions see `rotate`."""
         query, key, value = split_heads(self.qkv(x_BLD))
         query, key = _apply(self.query_norm, query), _apply(self.key_norm, key)
         if self.rotary:
-            query, key = rotate(query, position_L), rotate(key, position_L)
+            query, key = rotate(query, position), rotate(key, position)
         return [query, key, value]
 
     def __call__(

@@ -11,14 +11,18 @@ from capjax.dims import Array, Float, Int
 
 
 def rotate(
-    x_BLNK: Float[Array, "B L N K"], position_L: Int[Array, "L"] | None = None
+    x_BLNK: Float[Array, "B L N K"], position: Int[Array, "*B L"] | None = None
 ) -> Float[Array, "B L N K"]:
-    """Turns positions p, by default 0 .. L-1, by the angles p * 10000 ** (-2k / K), in float32."""
+    """Turns positions p, by default 0 .. L-1, by the angles p * 10000 ** (-2k / K), in float32.
+
+    `position` is that of each place [L], or of each place of each row [B, L].
+    """
     half = x_BLNK.shape[-1] // 2
     frequency_H = 10_000.0 ** -(np.arange(half, dtype=np.float32) / half)
-    position_L = jnp.arange(x_BLNK.shape[1]) if position_L is None else position_L
-    angle_L1H = position_L.astype(jnp.float32)[:, None, None] * frequency_H[None, None, :]
-    cos_1L1H, sin_1L1H = jnp.cos(angle_L1H)[None], jnp.sin(angle_L1H)[None]
+    position = jnp.arange(x_BLNK.shape[1]) if position is None else position
+    position_BL = position if position.ndim == 2 else position[None]
+    angle_BL1H = position_BL.astype(jnp.float32)[:, :, None, None] * frequency_H[None, None, None]
+    cos_BL1H, sin_BL1H = jnp.cos(angle_BL1H), jnp.sin(angle_BL1H)
     a_BLNH, b_BLNH = jnp.split(x_BLNK.astype(jnp.float32), 2, axis=-1)
-    turned = (a_BLNH * cos_1L1H - b_BLNH * sin_1L1H, b_BLNH * cos_1L1H + a_BLNH * sin_1L1H)
+    turned = (a_BLNH * cos_BL1H - b_BLNH * sin_BL1H, b_BLNH * cos_BL1H + a_BLNH * sin_BL1H)
     return jnp.concatenate(turned, axis=-1).astype(x_BLNK.dtype)
