@@ -25,8 +25,8 @@ def test_lists_of_an_oracle(truths):
     np.testing.assert_allclose(found["eccv_image_to_text_r1"], 0.9984, atol=2e-5)
     assert found["eccv_text_to_image_r1"] == 1
     # Filled up with captions and images rather than nothing, some of which fit: .31306, .13633.
-    np.testing.assert_allclose(found["eccv_image_to_text_map_at_r"], 0.31306, atol=4e-4)
-    np.testing.assert_allclose(found["eccv_text_to_image_map_at_r"], 0.13633, atol=4e-4)
+    np.testing.assert_allclose(found["eccv_image_to_text_map_at_r"], 0.31306, atol=5e-4)
+    np.testing.assert_allclose(found["eccv_text_to_image_map_at_r"], 0.13633, atol=5e-4)
     assert 0 < found["eccv_image_to_text_r_precision"] < 0.5
 
 
