@@ -13,10 +13,9 @@ function make(tag, properties = {}, ...children) {
 const measure = (item, run, name) => item.split.runs[run].measures[name]?.[item.i] ?? null;
 const caption = (item, run) => item.split.runs[run].captions[item.i];
 const number = value => Number.isInteger(value) ? value.toLocaleString("en") : value.toFixed(Math.abs(value) < 10 ? 3 : 2);
-const isMissed = (item, run) => data.measures.some(({ name }) => name.endsWith("_rank") && measure(item, run, name) > 1)
-  || nearest(item, run).length > 0;
-const nearest = (item, run) => Object.entries(item.split.runs[run].nearest)
-  .filter(([, keys]) => keys[item.i] !== null).map(([name, keys]) => ({ name, key: keys[item.i] }));
+const isMissed = (item, run) => data.measures.some(({ name }) => name.endsWith("_rank") && measure(item, run, name) > 1);
+/** What was found wrongly, or null: what="image", the key of an image; what="text", a text. */
+const found = (item, run, what) => item.split.runs[run].found[what]?.[item.i] ?? null;
 
 function textOf(item) {
   item.text ??= [item.key, ...item.split.references[item.i], ...data.runs.map((_, run) => caption(item, run) ?? "")]
@@ -82,22 +81,22 @@ function more() {
 
 function tile(item, place) {
   const shown = picture(item.split.images[item.i], item.key), [of] = whose(), name = byId("sort").value;
-  const wrong = nearest(item, of)[0];
-  if (byId("filter").value === "missed" && wrong && item.split.others[wrong.key]?.image >= 0) {
-    const inset = picture(item.split.others[wrong.key].image, wrong.key).firstChild;
+  const wrong = item.split.others[found(item, of, "image")];
+  if (byId("filter").value === "missed" && wrong?.image >= 0) {
+    const inset = picture(wrong.image, "what its caption finds").firstChild;
     inset.className = "inset";
-    inset.title = "found first instead";
+    inset.title = "what its caption finds";
     shown.append(inset);
   }
   const said = sayings(item).map(({ text, runs }) => {
     const values = runs.map(run => name === "" ? null : measure(item, run, name)).filter(value => value !== null);
-    return make("div", { className: "said" }, ...(data.runs.length > 1 ? runs.map(key) : []), text || "(empty)",
+    return make("div", { className: "said", dir: "auto" }, ...(data.runs.length > 1 ? runs.map(key) : []), text || "(empty)",
       values.length ? make("span", { className: "value", textContent: " " + values.map(number).join(", ") }) : null);
   });
   const references = item.split.references[item.i];
   const rest = references.length > 2 ? `and ${references.length - 2} more` : null;
   const element = make("div", { className: data.runs.length > 1 ? "tile many" : "tile", tabIndex: place ? -1 : 0 }, shown, ...said,
-    ...references.slice(0, 2).map(textContent => make("div", { className: "ref", textContent })),
+    ...references.slice(0, 2).map(textContent => make("div", { className: "ref", dir: "auto", textContent })),
     rest && make("div", { className: "ref", textContent: rest }), mark(item, of));
   element.setAttribute("role", "button");
   element.dataset.place = place;

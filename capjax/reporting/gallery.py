@@ -10,14 +10,16 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from capjax.evaluation.attention import WordMaps
 from capjax.reporting.metric_names import in_order, named
-from capjax.reporting.runs import Run
+from capjax.reporting.runs import Run, evaluations_of
 from capjax.reporting.thumbnails import Thumbnails
 
-NEAREST = "nearest_key"  # an item whose name ends so is the key of what was found first
+# Items that name what was found, and the rank which says whether it came before the right one.
+_FOUND = {
+    "image": ("nearest_key", "caption_to_image_rank"),  # by the caption: the key of an image
+    "text": ("image_to_text_nearest", "image_to_text_rank"),  # by the image: a text
+}
 MAX_ATTENTION_BYTES = 3_000_000  # of the whole page
 _RECORD_MEASURES = {
     "exact": "exact_match",
@@ -94,13 +96,13 @@ def _split(
     images = [thumbnails.number(any_record[key]) for key in keys]
     said, others = [], {}
     for run, of in zip(runs, records, strict=True):
-        measures, nearest = _measures(run, split, of, keys)
+        measures, found = _measures(run, split, of, keys)
         looked = run.attention.get(split, {})
         said.append(
             {
                 "captions": [of[key]["caption"] if key in of else None for key in keys],
                 "measures": measures,
-                "nearest": nearest,
+                "found": found,
                 "attention": {
                     i: attention.encoded(looked[key])
                     for i, key in enumerate(keys)
@@ -108,7 +110,7 @@ def _split(
                 },
             }
         )
-        for key in filter(None, (key for found in nearest.values() for key in found)):
+        for key in filter(None, found.get("image", ())):
             other = any_record.get(key, {})
             others[key] = {
                 "image": thumbnails.number(other, extra=True),
@@ -128,25 +130,30 @@ def _split(
 def _measures(
     run: Run, split: str, records: dict[str, Record], keys: list[str]
 ) -> tuple[dict[str, list], dict[str, list]]:
-    """(numbers, keys of wrong neighbours) by name, each in the order of `keys`."""
+    """(numbers by name, what was found wrongly by `_FOUND`), each in the order of `keys`."""
     numbers = {
         name: [_number(records.get(key, {}).get(field)) for key in keys]
         for field, name in _RECORD_MEASURES.items()
     }
-    nearest = {}
-    if (measured := run.evaluations.get(split)) is not None:
+    texts: dict[str, list[str]] = {}
+    for measured in reversed(evaluations_of(run, split)):
         place = {key: i for i, key in enumerate(measured.keys)}
         rows = [place.get(key) for key in keys]
         for name, values in measured.items.items():
-            if np.issubdtype(values.dtype, np.number):
+            if values.dtype.kind in "biuf":
                 numbers[name] = [None if i is None else _number(values[i].item()) for i in rows]
-            elif name.endswith(NEAREST):
-                nearest[name] = [
-                    None if i is None or values[i] in (key, "nan", "") else str(values[i])
-                    for i, key in zip(rows, keys, strict=True)
-                ]
+            else:
+                texts[name] = ["" if i is None else str(values[i]) for i in rows]
+    found = {
+        what: [
+            text if text and rank is not None and rank > 1 else None
+            for text, rank in zip(texts[name], numbers[rank_name], strict=True)
+        ]
+        for what, (name, rank_name) in _FOUND.items()
+        if name in texts and rank_name in numbers
+    }
     known = {name: of for name, of in numbers.items() if any(v is not None for v in of)}
-    return known, nearest
+    return known, found
 
 
 def _is_of(maps: WordMaps | None, caption: str) -> bool:

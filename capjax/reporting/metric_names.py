@@ -14,7 +14,7 @@ GROUPS = (
     "Loss",
     "Other",
 )
-REFERENCE_BASED = ("cider_d", "cider", "bleu_4", "meteor", "rouge_l", "spice", "unigram_f1")
+REFERENCE_BASED = ("cider_d", "cider_plain", "bleu_4", "meteor", "rouge_l", "spice", "unigram_f1")
 REFERENCE_FREE = ("caption_to_image_r1", "rd100_r1", "clip_score", "pac_score", "self_cider")
 _COUNTS = ("retrieval_images", "retrieval_captions", "num_images", "num_captions")
 
@@ -40,12 +40,13 @@ _PATTERNS = [
             (r"contrastive_loss", "contrastive loss", -1),
             (r"shuffled_images_loss", "loss with shuffled images", 0),
             (r"(.*)perplexity", r"\1perplexity", -1),
+            (r"logprob", "log-probability", 1),
             (r"(.*)loss", r"\1loss (nats a token)", -1),
             (r"(.*)caption_nats", r"\1nats a caption", -1),
         ),
         "Agreement with the references": (
             (r"cider_d", "CIDEr-D", 1),
-            (r"cider", "CIDEr", 1),
+            (r"cider_plain", "CIDEr", 1),
             (r"spice", "SPICE", 1),
             (r"meteor", "METEOR", 1),
             (r"bleu_(\d)", r"BLEU-\1", 1),
@@ -62,15 +63,20 @@ _PATTERNS = [
         "Retrieval": (
             (r"caption_to_image_r(\d+)", r"caption to image R@\1", 1),
             (r"rd100_r(\d+)", r"RD100 R@\1", 1),
+            (r"rd100_r(\d+)_ties_as_hits", r"RD100 R@\1, ties as hits", 0),
             (r"bags_(\d+)_r(\d+)", r"bags of \1, R@\2", 1),
+            (r"imagecode_r(\d+)", r"ImageCoDe R@\1", 1),
             (r"image_to_text_r(\d+)", r"image to text R@\1", 1),
             (r"text_to_image_r(\d+)", r"text to image R@\1", 1),
-            (r"r_precision", "R-Precision", 1),
-            (r"map_at_r", "mAP@R", 1),
+            (r"bags_(\d+)_r(\d+)_ties_as_hits", r"bags of \1, R@\2, ties as hits", 0),
+            (r"bags_(\d+)_count", r"bags of \1, how many", 0),
+            (r"(.*)_r(\d+)_ties_as_hits", r"\1 R@\2, ties as hits", 0),
+            (r"(?:(.*)_)?r_precision", r"\1 R-Precision", 1),
+            (r"(?:(.*)_)?map_at_r", r"\1 mAP@R", 1),
             (r"(.*)_r(\d+)", r"\1 R@\2", 1),
             (r"(.*)_rank", r"\1 rank", -1),
-            (r"(.*)tie_rate", r"\1tie rate", -1),
-            (r"retrieval_(.*)", r"\1", 0),
+            (r"(.*)_tie_rate", r"\1 tie rate", -1),
+            (r"retrieval_(.*)", r"number of \1", 0),
         ),
         "Diversity and length": (
             (r"self_cider", "self-CIDEr", 1),
@@ -84,7 +90,10 @@ _PATTERNS = [
         "Hallucination": (
             (r"chair_i", "CHAIRi", -1),
             (r"chair_s", "CHAIRs", -1),
-            (r"(.*hallucinat.*)", r"\1", -1),
+            (r"mention_(precision|recall)", r"\1 of what is named", 1),
+            (r"(.*)_(precision|recall)", r"\1 \2", 1),
+            (r"num_mentions", "things named", 0),
+            (r"num_hallucinated", "things named that are not there", -1),
         ),
         "Representation": (
             (r"zeroshot_top1", "zero-shot, top 1", 1),
@@ -92,9 +101,17 @@ _PATTERNS = [
             (r"knn_top1", "k-NN, top 1", 1),
             (r"linear_probe_top1", "linear probe, top 1", 1),
             (r"fewshot_(\d+)_top1", r"\1-shot, top 1", 1),
-            (r"(.*)top(\d+)(.*)", r"\1top \2\3", 1),
+            (r"majority_top1", "always the commonest class, top 1", 0),
+            (r"zeroshot_prior_top1", "zero-shot without the image, top 1", 0),
+            (r"fewshot_(\d+)_class_mean", r"\1-shot, mean over classes", 1),
+            (r"(.*)_class_mean", r"\1, mean over classes", 1),
+            (r"(.*)_top(\d+)", r"\1, top \2", 1),
         ),
-        "Composition": ((r"(.*)_(text|image|group)", r"\1, \2", 1),),
+        "Composition": (
+            (r"(.*?)_(text|image|group)_null_image", r"\1, \2, without the image", 0),
+            (r"(.*?)_(text|image|group)", r"\1, \2", 1),
+            (r"(.*?)_(text|image|group)_(.*)", r"\1, \2, \3", 1),
+        ),
     }.items()
     for pattern, title, better in rows
 ]
@@ -104,8 +121,12 @@ def named(metric: str) -> Named:
     """How `metric` is shown. A name that no rule knows is its own title, in "Other"."""
     for place, (pattern, title, group, better) in enumerate(_PATTERNS):
         if match := pattern.fullmatch(metric):
+            place = 0 if group == "Composition" else place  # its figures stand side by side
             return Named(
-                match.expand(title).replace("_", " "), group, better, (GROUPS.index(group), place)
+                match.expand(title).replace("_", " ").strip(),
+                group,
+                better,
+                (GROUPS.index(group), place),
             )
     return Named(metric.replace("_", " "), "Other", 0, (len(GROUPS),))
 

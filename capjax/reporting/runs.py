@@ -40,6 +40,21 @@ def split_of(evaluation: str) -> str:
     return evaluation.partition("@")[0]
 
 
+def evaluations_of(run: Run, split: str) -> list[Measured]:
+    """What was measured of a split: its own file, then those NAME@... that are not guided."""
+    return [
+        measured
+        for name, measured in sorted(run.evaluations.items())
+        if name == split or (split_of(name) == split and guidance_scale(measured) is None)
+    ]
+
+
+def guidance_scale(measured: Measured) -> float | None:
+    """The scale that the captions of an evaluation were guided with, where it is noted."""
+    scale = measured.notes.get("guidance_scale")
+    return float(scale) if isinstance(scale, (int, float)) else None
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a `metrics.jsonl`; a torn last line (of a run still writing) is left out."""
     if not path.is_file():

@@ -2,12 +2,20 @@
 
 import csv
 import io
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from capjax.reporting.metric_names import in_order, named
-from capjax.reporting.runs import Run, last_evaluation, split_of, splits_of
+from capjax.reporting.runs import (
+    Run,
+    evaluations_of,
+    guidance_scale,
+    last_evaluation,
+    split_of,
+    splits_of,
+)
 
 _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
@@ -44,15 +52,25 @@ class Table(NamedTuple):
 
 
 def result_tables(runs: Sequence[Run]) -> list[Table]:
-    """Of one run, a table of all splits; of several, a table for each split with a column a run.
+    """Of one run, splits side by side; of several, a table for each split with a column a run.
 
+    Splits side by side have metrics in common: a test of another kind has its own table.
     The values are of evaluations/<split>.json, and of the last evaluation in training where that
     file does not have them.
     """
     if len(runs) == 1:
-        splits = splits_of(runs)
-        cells = [_cells(runs[0], split) for split in splits]
-        tables = [_table("all splits", "", splits, cells, compare=False)]
+        cells = {split: _cells(runs[0], split) for split in splits_of(runs)}
+        groups = _alike(cells)
+        tables = [
+            _table(
+                "all splits" if len(groups) == 1 else ", ".join(group),
+                "",
+                group,
+                [cells[split] for split in group],
+                compare=False,
+            )
+            for group in groups
+        ]
     else:
         names = [run.name for run in runs]
         tables = [
@@ -80,10 +98,9 @@ def guidance_tables(runs: Sequence[Run]) -> list[Table]:
 def guided(run: Run, split: str) -> list[tuple[float, dict[str, Cell]]]:
     """The evaluation files of a split that note a guidance scale, by scale."""
     found = [
-        (float(scale), _measured_cells(measured))
+        (scale, _measured_cells(measured))
         for name, measured in run.evaluations.items()
-        if split_of(name) == split
-        and isinstance(scale := measured.notes.get("guidance_scale"), (int, float))
+        if split_of(name) == split and (scale := guidance_scale(measured)) is not None
     ]
     return sorted(found, key=lambda pair: pair[0])
 
@@ -94,7 +111,13 @@ def skipped_and_notes(runs: Sequence[Run]) -> list[dict[str, Any]]:
         {
             "title": f"{run.name}: {name}" if len(runs) > 1 else name,
             "skipped": [(named(metric).title, why) for metric, why in measured.skipped.items()],
-            "notes": [(note.replace("_", " "), value) for note, value in measured.notes.items()],
+            "notes": [
+                (
+                    note.replace("_", " "),
+                    value if isinstance(value, str) else json.dumps(value, ensure_ascii=False),
+                )
+                for note, value in measured.notes.items()
+            ],
         }
         for run in runs
         for name, measured in run.evaluations.items()
@@ -160,8 +183,8 @@ def _latex_cell(cell: Cell | None, is_best: bool) -> str:
 def _cells(run: Run, split: str) -> dict[str, Cell]:
     logged = last_evaluation(run).get(split, {})
     cells = {metric: Cell(value) for metric, value in logged.items() if _is_number(value)}
-    if split in run.evaluations:
-        cells |= _measured_cells(run.evaluations[split])
+    for measured in reversed(evaluations_of(run, split)):
+        cells |= _measured_cells(measured)
     return cells
 
 
@@ -175,6 +198,18 @@ def _measured_cells(measured: Any) -> dict[str, Cell]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _alike(cells: Mapping[str, Mapping[str, Cell]]) -> list[list[str]]:
+    """Splits in groups: those that have a metric in common, directly or through others."""
+    groups: list[tuple[list[str], set[str]]] = []
+    for split, of in cells.items():
+        joined, metrics = [split], set(of)
+        for group in [group for group in groups if group[1] & metrics]:
+            groups.remove(group)
+            joined, metrics = group[0] + joined, group[1] | metrics
+        groups.append((joined, metrics))
+    return [sorted(splits) for splits, _ in groups]
 
 
 def _table(

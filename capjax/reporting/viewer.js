@@ -25,8 +25,8 @@ function showItem() {
   const captions = data.runs.map((_, run) => caption(item, run) === null ? null : said(item, run, shown));
   const references = item.split.references[item.i];
   byId("shown").replaceChildren(shown, make("div", {}, ...captions,
-    references.length ? block("references", ...references.map(textContent => make("div", { textContent }))) : null,
-    ...data.runs.flatMap((_, run) => nearest(item, run).map(wrong => found(item, run, wrong))), measures(item)));
+    references.length ? block("references", ...references.map(textContent => make("div", { dir: "auto", textContent }))) : null,
+    ...data.runs.flatMap((_, run) => [wrongImage(item, run), wrongText(item, run)]).filter(Boolean), measures(item)));
 }
 
 const block = (title, ...children) => make("div", { className: "block" }, make("h3", { textContent: title }), ...children);
@@ -34,7 +34,7 @@ const block = (title, ...children) => make("div", { className: "block" }, make("
 function said(item, run, shown) {
   const looked = item.split.runs[run].attention[item.i], text = caption(item, run) || "(empty)";
   const title = data.runs.length > 1 ? data.runs[run].name : looked ? "caption: choose a word to see where the model looked" : "caption";
-  const line = make("div", { className: "caption" });
+  const line = make("div", { className: "caption", dir: "auto" });
   if (!looked) line.textContent = text;
   else looked.words.forEach((textContent, word) => {
     const button = make("button", { className: "word", textContent });
@@ -73,12 +73,19 @@ function seen(image, mode) {
   return { left: percent((1 - width) / 2), top: percent((1 - height) / 2), width: percent(width), height: percent(height) };
 }
 
-function found(item, run, { name, key }) {
-  const other = item.split.others[key], how = name.replace(/_?nearest_key$/, "").replaceAll("_", " ");
-  const title = `${data.runs.length > 1 ? data.runs[run].name + ": " : ""}found first instead${how ? ` (${how})` : ""}`;
-  const texts = other?.references.length ? other.references.slice(0, 2) : [key];
-  return block(title, make("div", { className: "found" }, picture(other?.image, key),
-    make("div", {}, ...texts.map(textContent => make("div", { textContent })))));
+const ofRun = (title, run) => data.runs.length > 1 ? `${data.runs[run].name}: ${title}` : title;
+
+function wrongImage(item, run) {
+  const key = found(item, run, "image"), other = item.split.others[key];
+  if (key === null) return null;
+  const texts = other.references.length ? other.references.slice(0, 2) : [key];
+  return block(ofRun("the caption finds another image", run), make("div", { className: "found" }, picture(other.image, key),
+    make("div", {}, ...texts.map(textContent => make("div", { dir: "auto", textContent })))));
+}
+
+function wrongText(item, run) {
+  const textContent = found(item, run, "text");
+  return textContent && block(ofRun("the image finds another's text", run), make("div", { dir: "auto", textContent }));
 }
 
 function measures(item) {
@@ -111,7 +118,8 @@ viewer.addEventListener("keydown", event => {
   event.preventDefault();
 });
 viewer.addEventListener("pointerdown", event => { from = { x: event.clientX, y: event.clientY }; });
-viewer.addEventListener("touchend", event => {
+viewer.addEventListener("touchend", event => {  // a swipe, unless it moves a wide table
+  if (event.target.closest(".scroll")) return;
   const { clientX, clientY } = event.changedTouches[0], dx = clientX - from.x;
   if (Math.abs(dx) > 60 && Math.abs(dx) > 2 * Math.abs(clientY - from.y)) step(dx > 0 ? -1 : 1);
 });

@@ -39,7 +39,9 @@ def make_run() -> Callable[..., Path]:
             items={
                 "cider_d": np.where(number == 7, np.nan, cider),
                 "caption_to_image_rank": np.where(wrong, 5.0, 1.0),
-                "caption_to_image_nearest_key": np.where(wrong, np.roll(keys, 1), keys),
+                "nearest_key": np.roll(np.array(keys, object), 1),
+                "image_to_text_rank": np.where(number == 4, 2.0, 1.0),
+                "image_to_text_nearest": np.full(NUM_IMAGES, "another text", object),
             },
             keys=keys,
             intervals={"cider_d": (cider.mean() - 0.25, cider.mean() + 0.25)},

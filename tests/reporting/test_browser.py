@@ -66,7 +66,7 @@ def test_captions_are_searched_filtered_and_sorted(pages, open_page):
     page.wait_for_selector(".empty")
     page.fill("#find", "")
     page.select_option("#filter", "missed")
-    expect(page.locator(".tile")).to_have_count(10)
+    expect(page.locator(".tile")).to_have_count(11)
     assert page.locator(".tile .inset").count() == 10  # what is found instead
     page.select_option("#filter", "all")
     page.select_option("#sort", "cider_d")
@@ -135,7 +135,7 @@ def test_a_word_shows_where_the_model_looked(pages, open_page):
     assert veil() == [3, 2, 225, 0, 225, 225, 225, 225]
     words.nth(1).click()
     assert page.locator("#shown canvas").count() == 0
-    assert "found first instead" in page.locator("#shown").inner_text()
+    assert "the caption finds another image" in page.locator("#shown").inner_text()
 
 
 def test_runs_are_compared(pages, open_page):

@@ -38,8 +38,8 @@ def test_every_measure_is_that_of_its_key(runs):
             assert said["captions"][place] == captions[key]
             value = said["measures"]["cider_d"][place]
             assert value == (None if row == 7 else pytest.approx(items["cider_d"][row], rel=1e-3))
-            wrong = said["nearest"]["caption_to_image_nearest_key"][place]
-            assert wrong == (keys[row - 1] if row % 3 == 0 else None)
+            assert said["found"]["image"][place] == (keys[row - 1] if row % 3 == 0 else None)
+            assert said["found"]["text"][place] == ("another text" if row == 4 else None)
     assert set(split["others"]) == {keys[row - 1] for row in range(0, 30, 3)}
     json.dumps(data, allow_nan=False)
 

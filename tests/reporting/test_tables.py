@@ -5,6 +5,7 @@ import io
 
 import pytest
 
+from capjax.evaluation.measured import Measured
 from capjax.reporting.metric_names import GROUPS, in_order, named
 from capjax.reporting.runs import read_runs
 from capjax.reporting.tables import (
@@ -41,12 +42,32 @@ def test_several_runs_are_columns_and_the_best_leads(runs):
     best = {row.metric: row.best for row in table.rows}
     assert best["cider_d"] == (1,)
     assert best["loss"] == ()  # both the same
-    less_is_better = [Cell(2.0), None, Cell(1.0)]
-    assert named("loss").better == -1
-    from capjax.reporting.tables import _best
 
-    assert _best(less_is_better, -1) == (2,)
-    assert _best(less_is_better, 0) == ()
+
+def test_less_may_be_better_and_nothing_may_lead(runs):
+    logged = [
+        {"step": 1, "eval/a/loss": loss, "eval/a/num_words": 5.0 * loss} for loss in (2.0, 1.0)
+    ]
+    few = [
+        run._replace(evaluations={}, captions={}, metrics=[line])
+        for run, line in zip(runs, logged, strict=True)
+    ]
+    (table,) = result_tables(few)
+    assert {row.metric: row.best for row in table.rows} == {"loss": (1,), "num_words": ()}
+
+
+def test_a_test_of_another_kind_has_its_own_table(runs):
+    other = Measured({"emoji_text": 0.5, "emoji_text_null_image": 0.4})
+    more = Measured({"knn_top1": 0.75, "cider_d": 9.0})
+    run = runs[0]._replace(
+        evaluations=runs[0].evaluations | {"emoji": other, "concept@features": more}
+    )
+    concept, emoji = result_tables([run])
+    assert (concept.name, emoji.name) == ("concept", "emoji")
+    assert [row.title for row in emoji.rows] == ["emoji, text", "emoji, text, without the image"]
+    values = {row.metric: row.cells[0].value for row in concept.rows}
+    assert values["knn_top1"] == 0.75  # of the file beside the split's own, which goes before it
+    assert values["cider_d"] == runs[0].evaluations["concept"].metrics["cider_d"]
 
 
 def test_a_guidance_table_has_a_column_for_each_run_and_scale(runs):
