@@ -53,9 +53,13 @@ COMMANDS = {
         ),
     ),
     "evaluate": Command(
-        "Measure a checkpoint: perplexity, exact match, unigram F1.",
+        "Measure a checkpoint, or captions against their references, or compare two of either.",
         True,
-        ("capjax evaluate --workdir=runs/quickstart",),
+        (
+            "capjax evaluate --workdir=runs/quickstart",
+            "capjax evaluate --captions=captions.jsonl --references=captions_val2014.json",
+            "capjax evaluate --compare runs/first runs/second --latex=table.tex",
+        ),
     ),
     "plan": Command(
         "Compile the training step for chips that are not here: memory, traffic, bounds.",

@@ -1,13 +1,33 @@
-"""`capjax evaluate`: measures a run's checkpoint on its splits, or on any other source."""
+"""`capjax evaluate`: measures a run's checkpoint on its splits or any other source, or captions."""
 
 import argparse
 
 from capjax.errors import UserError
 
+TOKENIZERS = ("auto", "ptb", "treebank", "none")  # as in evaluation/tokenization.py
+GOES_WITH = {
+    "workdir": ("step", "split", "batch_size", "max_examples"),
+    "captions": ("references", "output"),
+    "compare": ("references", "csv", "latex"),
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `capjax evaluate`."""
-    parser.add_argument("--workdir", required=True, help="directory of the run")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--workdir", help="directory of the run")
+    what.add_argument(
+        "--captions",
+        metavar="FILE",
+        help="measure these captions (JSON lines of key, caption or captions, references) without "
+        "a model",
+    )
+    what.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=("A", "B"),
+        help="two workdirs, or two files of captions: figures, intervals and paired tests",
+    )
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the newest)")
     parser.add_argument(
         "--split",
@@ -21,10 +41,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max_examples", type=int, metavar="N", help="of each split, evenly spread (default: all)"
     )
+    parser.add_argument(
+        "--references",
+        metavar="FILE",
+        help="with --captions or --compare: JSON lines of key and references, or COCO's "
+        "annotations (default: the references in the captions' own file)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        choices=TOKENIZERS,
+        default="auto",
+        help="of captions: ptb (the reference, needs Java), treebank (its rules without Java), "
+        "none (split at spaces), auto (ptb where it runs; the default)",
+    )
+    parser.add_argument("--output", metavar="FILE", help="with --captions: write the result there")
+    parser.add_argument("--csv", metavar="FILE", help="with --compare: write the table there")
+    parser.add_argument("--latex", metavar="FILE", help="with --compare: write the table there")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the metrics, adds them to metrics.jsonl, and writes captions/<split>.jsonl."""
+    """Prints what was measured; of a run, writes metrics.jsonl and captions/<split>.jsonl too."""
+    _check(args)
+    if args.compare or args.captions:
+        from capjax.commands import compare, evaluate_captions
+
+        (compare if args.compare else evaluate_captions).run(args)
+    else:
+        _evaluate_run(args)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises `UserError` for a flag that goes with something else than was asked for."""
+    asked = next(name for name in GOES_WITH if getattr(args, name))
+    for flag in (flag for flags in GOES_WITH.values() for flag in flags):
+        if getattr(args, flag) and flag not in GOES_WITH[asked]:
+            places = [f"--{name}" for name, flags in GOES_WITH.items() if flag in flags]
+            raise UserError(f"--{flag} goes with {' or '.join(places)}, not with --{asked}")
+
+
+def _evaluate_run(args: argparse.Namespace) -> None:
     from capjax.commands import runtime
 
     splits = _splits(args.split)
