@@ -102,9 +102,10 @@ def _named(examples: Iterable[Example]) -> list[tuple[Example, str]]:
     for example in examples:
         found.setdefault(example.image, []).append(example)
     return [
-        (shown[0], next(caption.text for caption in shown[0].captions if caption.source == "tts"))
+        (shown[0], caption.text)
         for shown in found.values()
-        if len(shown) == 1 and shown[0].metadata["group"] != "Flags"
+        for caption in shown[0].captions
+        if caption.source == "tts" and len(shown) == 1 and shown[0].metadata["group"] != "Flags"
     ]
 
 

@@ -19,6 +19,7 @@ from capjax.data.compositional import Item
 from capjax.data.tokenizer import PAD_ID
 from capjax.decoding.score import score_tokens, total
 from capjax.dims import Array, Batch, Float, Int, Params
+from capjax.evaluation.intervals import intervals, mean_of
 from capjax.evaluation.measured import Measured
 from capjax.models.captioner import Captioner
 from capjax.models.coca import CoCa
@@ -120,7 +121,12 @@ def measure_items(
                 names = [item.kind for item in items]
                 metrics[f"{test}_macro_{rule}{suffix}"] = macro(passed_N, names, MACROS[test])
     metrics |= {name: float(np.nanmean(x)) for name, x in values.items() if not np.isnan(x).all()}
-    return Measured(metrics, values, tuple(item.key for item in items))
+    return Measured(
+        metrics,
+        values,
+        tuple(item.key for item in items),
+        intervals({name: mean_of(x) for name, x in values.items()}),
+    )
 
 
 def macro(passed_N: np.ndarray, kinds: Sequence[str], by: Macro) -> float:

@@ -24,11 +24,7 @@ def example(caption, image=None, style="noto", group="People & Body"):
         ("gender", "kiss: woman, man", []),  # two people: the swapped caption would be as true
         ("gender", "woman’s hat", []),
         ("gender", "person with veil", []),
-        (
-            "order",
-            "kiss: man, man, dark skin tone, medium-dark skin tone",
-        )
-        + (["kiss: man, man, medium-dark skin tone, dark skin tone"],),
+        ("order", "a: dark skin tone, light skin tone", ["a: light skin tone, dark skin tone"]),
         ("order", "kiss: man, man, dark skin tone, dark skin tone", []),
         ("order", "thumbs up: dark skin tone", []),
         ("profession", "artist palette", []),
