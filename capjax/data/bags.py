@@ -27,13 +27,15 @@ def build_bags(
     *,
     duplicate: float = DUPLICATE,
     min_similarity: float = -1.0,
+    same_N: Sequence[str] | None = None,
 ) -> list[list[int]]:
     """Disjoint bags of `size` rows, the tightest first; each bag's first row is its anchor.
 
     Rows become anchors in descending order of the mean cosine with their `size` - 1 nearest; of
     equals the first goes first. An anchor that is in no bag yet takes the nearest rows that are in
     none and are no near-duplicate (cosine above `duplicate`) of it or of one taken. One that finds
-    fewer than it needs with a cosine of `min_similarity` at least makes no bag.
+    fewer than it needs with a cosine of `min_similarity` at least makes no bag. With `same_N`, such
+    as the images' references, rows of equal entries count as near-duplicates too.
 
     Time grows with N^2, memory with N. Raises `UserError` for a size below 2, and for features that
     are not finite or vanish.
@@ -43,41 +45,45 @@ def build_bags(
     unit_ND = _on_grid(features_ND)
     if len(unit_ND) < size:
         return []
+    same_N = range(len(unit_ND)) if same_N is None else same_N
+    group_N = np.unique(np.asarray(same_N), return_inverse=True)[1]
     used_N = np.zeros(len(unit_ND), bool)
     bags = []
-    for anchor in np.argsort(-_tightness(unit_ND, size - 1, duplicate), kind="stable"):
+    for anchor in np.argsort(-_tightness(unit_ND, group_N, size - 1, duplicate), kind="stable"):
         if used_N[anchor]:
             continue
         used_N[anchor] = True  # from here on it is in this bag or, without one, still free
-        bag = _bag(unit_ND, int(anchor), size, used_N, duplicate, min_similarity)
+        bag = _bag(unit_ND, group_N, int(anchor), size, used_N, duplicate, min_similarity)
         used_N[bag] = len(bag) == size
         if len(bag) == size:
             bags.append(bag)
     return bags
 
 
-def _bag(unit_ND, anchor: int, size: int, used_N, duplicate: float, least: float) -> list[int]:
+def _bag(
+    unit_ND, group_N, anchor: int, size: int, used_N, duplicate: float, least: float
+) -> list[int]:
     """The anchor and the nearest rows that may join it, up to `size` in all."""
     cosine_N = unit_ND @ unit_ND[anchor]
-    cosine_N[used_N | (cosine_N > duplicate) | (cosine_N < least)] = -np.inf
+    may_join_N = ~used_N & (cosine_N >= least)
     bag = [anchor]
-    while len(bag) < size and np.isfinite(best := cosine_N.max()):
-        row = int(np.argmax(cosine_N == best))
-        bag.append(row)
-        cosine_N[row] = -np.inf
-        cosine_N[unit_ND @ unit_ND[row] > duplicate] = -np.inf
-    return bag
+    while True:
+        alike_N = (unit_ND @ unit_ND[bag[-1]] > duplicate) | (group_N == group_N[bag[-1]])
+        may_join_N &= ~alike_N
+        if len(bag) == size or not may_join_N.any():
+            return bag
+        bag.append(int(np.argmax(np.where(may_join_N, cosine_N, -np.inf))))
 
 
-def _tightness(unit_ND: np.ndarray, count: int, duplicate: float) -> np.ndarray:
+def _tightness(unit_ND: np.ndarray, group_N, count: int, duplicate: float) -> np.ndarray:
     """The mean cosine of each row with its `count` nearest that are no near-duplicates."""
     mean_N = np.empty(len(unit_ND))
     for start in range(0, len(unit_ND), BLOCK):
-        cosine_RN = unit_ND[start : start + BLOCK] @ unit_ND.T
-        cosine_RN[cosine_RN > duplicate] = -1.0
-        cosine_RN[np.arange(len(cosine_RN)), start + np.arange(len(cosine_RN))] = -1.0  # itself
+        rows = slice(start, start + BLOCK)
+        cosine_RN = unit_ND[rows] @ unit_ND.T
+        cosine_RN[(cosine_RN > duplicate) | (group_N[rows, None] == group_N)] = -1.0
         nearest_RK = np.partition(cosine_RN, -count, axis=1)[:, -count:]
-        mean_N[start : start + BLOCK] = np.sort(nearest_RK, axis=1).mean(1)
+        mean_N[rows] = np.sort(nearest_RK, axis=1).mean(1)
     return mean_N
 
 

@@ -30,6 +30,14 @@ def test_bags_by_hand():
     assert build_bags(points, 3, duplicate=1.0) == [[1, 0, 2]]
 
 
+def test_rows_that_are_the_same_by_name():
+    points = at_angles(0, 14, 29, 42.5)
+    assert build_bags(points, 2) == [[2, 3], [0, 1]]
+    assert build_bags(points, 2, same_N=["a", "b", "b", "c"]) == [[2, 3], [0, 1]]
+    assert build_bags(points, 2, same_N=["a", "a", "b", "b"]) == [[1, 2], [0, 3]]
+    assert build_bags(points, 2, same_N=["a"] * 4) == []
+
+
 @given(
     seed=st.integers(0, 2**16),
     count=st.integers(1, 40),
