@@ -45,8 +45,9 @@ def build_bags(
     unit_ND = _on_grid(features_ND)
     if len(unit_ND) < size:
         return []
-    same_N = range(len(unit_ND)) if same_N is None else same_N
-    group_N = np.unique(np.asarray(same_N), return_inverse=True)[1]
+    group_N = np.arange(len(unit_ND))
+    if same_N is not None:
+        group_N = np.unique(np.asarray(same_N), return_inverse=True)[1]
     used_N = np.zeros(len(unit_ND), bool)
     bags = []
     for anchor in np.argsort(-_tightness(unit_ND, group_N, size - 1, duplicate), kind="stable"):

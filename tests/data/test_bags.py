@@ -34,7 +34,7 @@ def test_rows_that_are_the_same_by_name():
     points = at_angles(0, 14, 29, 42.5)
     assert build_bags(points, 2) == [[2, 3], [0, 1]]
     assert build_bags(points, 2, same_N=["a", "b", "b", "c"]) == [[2, 3], [0, 1]]
-    assert build_bags(points, 2, same_N=["a", "a", "b", "b"]) == [[1, 2], [0, 3]]
+    assert build_bags(points, 2, same_N=["a", "a", "b", "b"]) == [[1, 2], [3, 0]]
     assert build_bags(points, 2, same_N=["a"] * 4) == []
 
 
