@@ -13,6 +13,7 @@ from urllib.parse import quote
 import jinja2
 from markupsafe import Markup
 
+from capjax.errors import UserError
 from capjax.reporting.curves import curves
 from capjax.reporting.gallery import gallery
 from capjax.reporting.metric_names import named
@@ -49,8 +50,11 @@ def write_report(
       seed: draws the images shown where there are more; it is printed on the page.
       max_images: on the page, of all splits together.
 
-    Raises `UserError` where a workdir holds no run, or a file that cannot be read.
+    Raises `UserError` where a workdir holds no run, or a file that cannot be read, or
+    `max_images` is negative.
     """
+    if max_images < 0:
+        raise UserError(f"--images={max_images}: expected 0 or more")
     runs = read_runs(workdirs)
     if output is None:
         output = Path(workdirs[0]) / ("report.html" if len(runs) == 1 else "comparison.html")
@@ -69,7 +73,8 @@ def write_report(
         facts=_facts(runs),
         splits=splits_of(runs),
         first_split=_first_split(runs),
-        tables=[_exported(table) for table in (*result_tables(runs), *guidance_tables(runs))],
+        tables=[_exported(table) for table in result_tables(runs)],
+        guidance_tables=[_exported(table) for table in guidance_tables(runs)],
         skipped_and_notes=skipped_and_notes(runs),
         plots=tradeoff_plots(runs),
         named=named,

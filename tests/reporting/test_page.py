@@ -65,6 +65,14 @@ def test_a_place_without_a_run_is_refused(tmp_path):
         write_report([tmp_path])
 
 
+def test_no_images_is_a_number_of_images_and_less_is_none(tmp_path, make_run):
+    root = make_run(tmp_path / "run")
+    text = write_report([root], max_images=0).read_text()
+    assert json.loads(re.search(r'id="data">(.*?)</script>', text)[1])["images"] == []
+    with pytest.raises(UserError, match="--images=-1: expected 0 or more"):
+        write_report([root], max_images=-1)
+
+
 def test_a_run_without_results_still_has_a_page(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     assert "No metrics were written yet" in write_report([tmp_path]).read_text()
