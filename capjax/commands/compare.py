@@ -4,17 +4,19 @@ As text, as CSV and as LaTeX. No model, no device.
 """
 
 import argparse
+import contextlib
 from typing import TYPE_CHECKING
 
 from capjax.errors import UserError
 
 if TYPE_CHECKING:
-    from capjax.evaluation.comparison import Compared
+    from capjax.evaluation.comparison import Comparison
     from capjax.reporting.tables import Table
 
 
 def run(args: argparse.Namespace) -> None:
     """Prints the comparison, and writes the tables that were asked for."""
+    from capjax.evaluation import java, tokenization
     from capjax.reporting.tables import to_csv, to_latex
 
     found = compare(*args.compare, references=args.references, tokenizer=args.tokenizer)
@@ -23,31 +25,39 @@ def run(args: argparse.Namespace) -> None:
         if path:
             _write(path, text(table))
     print(text_of(found, args.compare))
+    print(f"tokenizer of captions: {tokenization.choose(args.tokenizer)}")
+    if reason := java.why_missing():
+        print(f"captions without METEOR: {reason}")
 
 
 def compare(
     first: str, second: str, *, references: str | None = None, tokenizer: str = "auto"
-) -> "dict[str, list[Compared]]":
+) -> "dict[str, Comparison]":
     """Of each split that both have, its figures.
 
     Each side is a workdir, whose evaluations/<split>.json and captions/<split>.jsonl are read; one
     such file; or any file of captions. What can be computed from captions is, alike for both.
     Raises `UserError` where there is nothing to compare.
     """
-    from capjax.evaluation.comparison import compare_captions, compare_measured
+    from capjax.evaluation.comparison import Comparison, compare_captions, compare_measured
+    from capjax.evaluation.java import why_missing
+    from capjax.evaluation.meteor import Meteor
 
     sides = [_read(path, references) for path in (first, second)]
-    found: dict[str, list[Compared]] = {}
-    for split in dict.fromkeys([*sides[0][0], *sides[0][1]]):
-        rows: dict[str, Compared] = {}
-        if all(split in measured for measured, _ in sides):
-            a, b = (measured[split] for measured, _ in sides)
-            rows |= {row.metric: row for row in compare_measured(a, b)}
-        if all(split in captions for _, captions in sides):
-            a, b = (captions[split] for _, captions in sides)
-            rows |= {row.metric: row for row in compare_captions(a, b, tokenizer=tokenizer)}
-        if rows:
-            found[split] = list(rows.values())
+    found: dict[str, Comparison] = {}
+    with contextlib.ExitStack() as stack:
+        java = False if why_missing() else stack.enter_context(Meteor())
+        for split in dict.fromkeys([*sides[0][0], *sides[0][1]]):
+            parts = []
+            if all(split in measured for measured, _ in sides):
+                a, b = (measured[split] for measured, _ in sides)
+                parts.append(compare_measured(a, b))
+            if all(split in captions for _, captions in sides):
+                a, b = (captions[split] for _, captions in sides)
+                parts.append(compare_captions(a, b, tokenizer=tokenizer, java=java))
+            rows = {row.metric: row for part in parts for row in part.rows}
+            if rows:
+                found[split] = Comparison(parts[-1].num_items, list(rows.values()))
     if not found:
         splits = [sorted({*measured, *captions}) for measured, captions in sides]
         raise UserError(f"nothing to compare: {first} has {splits[0]}, {second} has {splits[1]}")
@@ -77,12 +87,13 @@ def _read(path: str, references: str | None) -> tuple[dict, dict]:
     return measured, captions
 
 
-def text_of(found: "dict[str, list[Compared]]", names: list[str]) -> str:
+def text_of(found: "dict[str, Comparison]", names: list[str]) -> str:
     """A table for each split, 95 % intervals in brackets, and p of the paired test."""
     lines = [f"first:  {names[0]}", f"second: {names[1]}"]
-    for split, rows in found.items():
+    for split, (num_items, rows) in found.items():
         wide = max(len(row.metric) for row in rows)
-        lines += ["", f"{split:{wide}}  {'first':24}  {'second':24}  {'second - first':26}  p"]
+        lines += ["", f"{split}, {num_items:,} images"]
+        lines.append(f"{'':{wide}}  {'first':24}  {'second':24}  {'second - first':26}  p")
         for row in rows:
             change = row.difference
             cells = [
@@ -109,14 +120,14 @@ def _figure(value: float, interval: tuple[float, float] | None, sign: str = "") 
     )
 
 
-def _table(found: "dict[str, list[Compared]]", names: list[str]) -> "Table":
+def _table(found: "dict[str, Comparison]", names: list[str]) -> "Table":
     """All splits as one table of the page's kind."""
     from capjax.reporting.metric_names import in_order, named
     from capjax.reporting.tables import Cell, Row, Table
 
     lines = []
     for split, compared in found.items():
-        by_name = {row.metric: row for row in compared}
+        by_name = {row.metric: row for row in compared.rows}
         for metric in in_order(by_name):
             row, known = by_name[metric], named(metric)
             change = row.difference

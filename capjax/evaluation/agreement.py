@@ -1,5 +1,6 @@
 """Captions against the references that people wrote: the figures of caption papers, on strings."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from capjax.evaluation import bleu, diversity, intervals, meteor, spice, tokeniz
 from capjax.evaluation.intervals import Statistic
 from capjax.evaluation.java import require, why_missing
 from capjax.evaluation.measured import Measured
+from capjax.evaluation.meteor import Meteor
 from capjax.evaluation.rouge import rouge_l
 from capjax.rewards import consensus
 
@@ -37,7 +39,7 @@ def measure_captions(
     keys: Sequence[str],
     *,
     tokenizer: str = "auto",
-    java: bool | None = None,
+    java: bool | Meteor | None = None,
     seed: int = 0,
 ) -> Measured:
     """BLEU, ROUGE-L, CIDEr-D, CIDEr, METEOR, SPICE, diversity, vocabulary and length.
@@ -48,7 +50,8 @@ def measure_captions(
       references: of each image, at least one; None where there are none to compare with.
       keys: of the images; they differ.
       tokenizer: one of `tokenization.TOKENIZERS`.
-      java: whether to run METEOR and SPICE; None: where their programs are installed.
+      java: whether to run METEOR and SPICE; None: where their programs are installed; a METEOR
+        that runs already saves its start.
       seed: of the resampled sets behind the intervals.
 
     Raises `ValueError` where there is nothing to measure, lengths differ, keys repeat, or an image
@@ -73,7 +76,7 @@ def agreement(
     references: Sequence[str | Sequence[str]] | None,
     *,
     tokenizer: str = "auto",
-    java: bool | None = None,
+    java: bool | Meteor | None = None,
 ) -> Agreement:
     """`measure_captions` without intervals, with what they are computed from."""
     captions = _listed("candidates", candidates)
@@ -110,17 +113,18 @@ def _add_agreement(found: Agreement, firsts, references, frequencies) -> None:
     _add(found, "cider_plain", consensus.cider(firsts, references, frequencies))
 
 
-def _add_programs(found: Agreement, firsts, references, java: bool | None) -> None:
+def _add_programs(found: Agreement, firsts, references, java: bool | Meteor | None) -> None:
     """METEOR and SPICE, or why they are missing."""
     texts = [" ".join(words) for words in firsts]
     known = [[" ".join(words) for words in image] for image in references]
-    if java:
+    if java is True:
         require()
     reason = "not asked for" if java is False else why_missing()
     if reason:
         found.skipped["meteor"] = reason
     else:
-        with meteor.Meteor() as program:
+        with contextlib.ExitStack() as stack:
+            program = java if isinstance(java, Meteor) else stack.enter_context(Meteor())
             counts = program.counts(texts, known)
         found.statistics["meteor"] = Statistic(counts, meteor.score)
         found.items["meteor"] = np.asarray(meteor.score(counts))

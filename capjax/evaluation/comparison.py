@@ -11,6 +11,7 @@ from capjax.evaluation.agreement import agreement
 from capjax.evaluation.caption_files import CaptionSet
 from capjax.evaluation.intervals import Difference, Statistic
 from capjax.evaluation.measured import Measured
+from capjax.evaluation.meteor import Meteor
 
 Interval = tuple[float, float]
 
@@ -26,14 +27,21 @@ class Compared(NamedTuple):
     difference: Difference | None = None
 
 
+class Comparison(NamedTuple):
+    """Of the images that both have (0: there are no items), what was compared."""
+
+    num_items: int
+    rows: list[Compared]
+
+
 def compare_captions(
     first: CaptionSet,
     second: CaptionSet,
     *,
     tokenizer: str = "auto",
-    java: bool | None = None,
+    java: bool | Meteor | None = None,
     seed: int = 0,
-) -> list[Compared]:
+) -> Comparison:
     """Every figure of `agreement.measure_captions`, of the images that both have, tested in pairs.
 
     Raises `UserError` where they have no image in common, or different references for one.
@@ -49,10 +57,10 @@ def compare_captions(
     ]
     compared = _compare(found[0].statistics, found[1].statistics, seed)
     whole = [Compared(name, found[0].whole[name], found[1].whole[name]) for name in found[0].whole]
-    return [*compared, *whole]
+    return Comparison(len(keys), [*compared, *whole])
 
 
-def compare_measured(first: Measured, second: Measured, *, seed: int = 0) -> list[Compared]:
+def compare_measured(first: Measured, second: Measured, *, seed: int = 0) -> Comparison:
     """The figures that both results have: tested in pairs where they are means of items.
 
     Raises `UserError` where both have items and no image in common.
@@ -60,7 +68,7 @@ def compare_measured(first: Measured, second: Measured, *, seed: int = 0) -> lis
     keys = _common(first.keys, second.keys) if first.keys and second.keys else ()
     tested = _compare(_means(first, keys), _means(second, keys), seed)
     compared = {row.metric: row for row in tested}
-    return [
+    rows = [
         compared.get(name)
         or Compared(
             name,
@@ -72,6 +80,7 @@ def compare_measured(first: Measured, second: Measured, *, seed: int = 0) -> lis
         for name in first.metrics
         if name in second.metrics
     ]
+    return Comparison(len(keys), rows)
 
 
 def _common(first: tuple[str, ...], second: tuple[str, ...]) -> tuple[str, ...]:

@@ -197,6 +197,20 @@ def test_several_captions_of_an_image(tmp_path):
     assert read_measured(tmp_path / "val.json").metrics == found.metrics
 
 
+def test_equal_captions_have_all_in_common():
+    found = measure_captions(
+        [["a red cat sits"] * 3, ["a red cat sits", "the blue dog runs off"]],
+        [["x"], ["y"]],
+        ["1", "2"],
+        tokenizer="none",
+        java=False,
+    )
+    np.testing.assert_allclose(found.items["mbleu_4"], [1.0, 0.0], atol=1e-3)
+    np.testing.assert_allclose(found.items["self_cider"], [0.0, 1.0], atol=1e-6)
+    np.testing.assert_allclose(found.items["div_1"], [4 / 12, 1.0])
+    np.testing.assert_allclose(found.items["div_2"], [3 / 12, 7 / 9])
+
+
 def test_captions_without_references_have_words_and_diversity_only():
     found = measure_captions(["a cat", "a dog"], None, ["1", "2"], tokenizer="none")
     assert found.metrics == {"num_words": 2.0, "vocabulary_size": 3.0}

@@ -24,7 +24,8 @@ def test_captions_of_the_images_that_both_have(fakecap):
     first = caption_set(fakecap, 6, range(60))
     second = caption_set(fakecap, 50, range(79, 19, -1))
     compared = compare_captions(first, second, tokenizer="none", java=False)
-    found = {row.metric: row for row in compared}
+    assert compared.num_items == 40
+    found = {row.metric: row for row in compared.rows}
     both = [caption_set(fakecap, words, range(20, 60)) for words in (6, 50)]
     for row, captions in zip(("first", "second"), both, strict=True):
         alone = measure_captions(
@@ -38,7 +39,7 @@ def test_captions_of_the_images_that_both_have(fakecap):
     assert change.p_value == pytest.approx(1 / 1001)
     assert found["vocabulary_size"].difference is None
     same = compare_captions(first, first, tokenizer="none", java=False)
-    assert all(row.difference is None or row.difference.p_value == 1 for row in same)
+    assert all(row.difference is None or row.difference.p_value == 1 for row in same.rows)
 
 
 def test_references_that_differ_are_an_error(fakecap):
@@ -74,16 +75,15 @@ def test_results_are_tested_where_they_are_of_items():
             intervals={"perplexity": (3.0, 5.0)},
         )
 
-    rows = compare_measured(measured(0, tuple("abcdef")), measured(1, tuple("abcdef")))
-    found = {row.metric: row for row in rows}
+    compared = compare_measured(measured(0, tuple("abcdef")), measured(1, tuple("abcdef")))
+    found = {row.metric: row for row in compared.rows}
     assert set(found) == {"score", "caption_to_image_r1", "perplexity", "corpus"}
     assert found["score"].difference.value == pytest.approx(1.0)
     assert found["caption_to_image_r1"].difference.value == pytest.approx(-4 / 6)
     assert found["perplexity"] == ("perplexity", 4.0, 5.0, (3.0, 5.0), (3.0, 5.0), None)
     assert found["corpus"].difference is None
     # Other images: of those in common.
-    found = {
-        row.metric: row
-        for row in compare_measured(measured(0, tuple("abcdef")), measured(1, tuple("abcxyz")))
-    }
+    compared = compare_measured(measured(0, tuple("abcdef")), measured(1, tuple("abcxyz")))
+    assert compared.num_items == 3
+    found = {row.metric: row for row in compared.rows}
     assert found["score"][1:3] == (2.0, 3.0)
