@@ -56,6 +56,13 @@ in front. SIGTERM finishes what is in progress."""
         "--max_requests", type=int, default=64, metavar="N", help="in progress: 503 (64)"
     )
     limits.add_argument(
+        "--max_requests_of_client",
+        type=int,
+        default=32,
+        metavar="N",
+        help="the same of one client: 429 (32)",
+    )
+    limits.add_argument(
         "--timeout", type=float, default=30.0, metavar="S", help="of a request: 504 (30)"
     )
     limits.add_argument(
@@ -81,6 +88,7 @@ def run(args: argparse.Namespace) -> None:
         max_pixels=args.max_megapixels << 20,
         requests_per_minute=args.requests_per_minute,
         max_requests=args.max_requests,
+        max_requests_of_client=args.max_requests_of_client,
         timeout_s=args.timeout,
         batch_size=args.batch_size,
         wait_s=args.wait_ms / 1000,

@@ -190,13 +190,13 @@ def _draft(
         return Draft(jnp.full(shape, PAD_ID, jnp.int32, out_sharding=out_sharding(act_BL)), None)
     hidden_BLE = model.parallel_hidden(params, memory_BPD, rules.max_length)
     logits_BLV = reshard(model.logits(params, hidden_BLE), act_BSV)
+    position_1L = jnp.arange(rules.max_length)[None]
+    if not rules.is_sampling:
+        return Draft(sampling.greedy(_scores(logits_BLV, position_1L, numbers, rules)), None)
     logprobs_BLV = sampling.log_distribution(
         logits_BLV, model.config.vocab_size, numbers.temperature
     )
-    position_1L = jnp.arange(rules.max_length)[None]
     scores_BLV = _scores(logprobs_BLV, position_1L, numbers, rules)
-    if not rules.is_sampling:
-        return Draft(sampling.greedy(scores_BLV), None)
     logq_BLV = jax.nn.log_softmax(scores_BLV, axis=-1)
     return Draft(sampling.draw(logq_BLV, _keys(key_B, position_1L, DRAFT)), logq_BLV)
 

@@ -85,11 +85,12 @@ def place_window(
 ) -> Array:
     """`whole` [B, T, ...], the first num_new[b] of `window` [B, W, ...] put in at start[b]."""
     offset_BT = jnp.arange(whole_BT.shape[1])[None] - start_B[:, None]
-    is_new_BT = (offset_BT >= 0) & (offset_BT < num_new_B[:, None])
-    index_BT = jnp.clip(offset_BT, 0, window_BW.shape[1] - 1)
-    ones = (1,) * (whole_BT.ndim - 2)
-    new_BT = jnp.take_along_axis(window_BW, index_BT.reshape(*index_BT.shape, *ones), axis=1)
-    return jnp.where(is_new_BT.reshape(*is_new_BT.shape, *ones), new_BT, whole_BT)
+    offset_BT = jnp.where(offset_BT < num_new_B[:, None], offset_BT, -1)
+    offset_BT = offset_BT.reshape(*offset_BT.shape, *(1,) * (whole_BT.ndim - 2))
+    for place in range(window_BW.shape[1]):  # one fused pass; a gather would go number by number
+        new_B1 = window_BW[:, place : place + 1]
+        whole_BT = jnp.where(offset_BT == place, new_B1, whole_BT)
+    return whole_BT
 
 
 def _look_back(

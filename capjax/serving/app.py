@@ -1,6 +1,7 @@
 """The web application: POST /caption, and a page, /health, /metrics and /model beside it."""
 
 import asyncio
+import collections
 import contextlib
 import dataclasses
 import logging
@@ -69,8 +70,8 @@ class Service:
         self._batcher = batcher
         self._rates = RateLimiter(limits.requests_per_minute, limits.burst)
         self._decoders = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "images")
-        self._num_in_progress = 0
-        self._metrics.watch(self._batcher.num_waiting, lambda: self._num_in_progress)
+        self._in_progress: collections.Counter[str] = collections.Counter()  # by client
+        self._metrics.watch(self._batcher.num_waiting, self._in_progress.total)
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -140,13 +141,16 @@ class Service:
         if wait:
             seconds = str(int(wait) + 1)
             raise HTTPException(429, "too many requests; slow down", {"Retry-After": seconds})
-        if self._num_in_progress >= self._limits.max_requests:
+        if self._in_progress[client] >= self._limits.max_requests_of_client:
+            raise HTTPException(429, "too many of your requests wait here", {"Retry-After": "1"})
+        if self._in_progress.total() >= self._limits.max_requests:
             raise HTTPException(503, "too many requests wait here", {"Retry-After": "1"})
-        self._num_in_progress += 1
+        self._in_progress[client] += 1
         try:
             return await self._record(request)
         finally:
-            self._num_in_progress -= 1
+            self._in_progress[client] -= 1
+            self._in_progress += collections.Counter()  # forgets clients that have none
 
     async def _record(self, request: Request) -> Record:
         limits = self._limits

@@ -18,6 +18,8 @@ class Limits:
       requests_per_minute: of one client, on average [429].
       burst: requests that a client may send at once [429].
       max_requests: in progress, from a body that is being read to a caption [503].
+      max_requests_of_client: the same of one client [429], so that bodies which never arrive cannot
+        take all the places.
       timeout_s: for the body [408], and from the body to the captions [504].
       max_captions: `num_captions` of a request [422].
       max_beams: `num_beams` of a request [422].
@@ -31,6 +33,7 @@ class Limits:
     requests_per_minute: float = 600.0
     burst: int = 60
     max_requests: int = 64
+    max_requests_of_client: int = 32
     timeout_s: float = 30.0
     max_captions: int = 8
     max_beams: int = 8

@@ -74,7 +74,7 @@ def test_no_damage_to_an_upload_is_the_servers_fault(captioner, pictures):
         ]
         return await asyncio.gather(*posts, client.post("/caption", content=whole, headers=headers))
 
-    *answers, last = talk(captioner, conversation, max_requests=200)
+    *answers, last = talk(captioner, conversation, max_requests=200, max_requests_of_client=200)
     assert {answer.status_code for answer in answers} <= {200, 400, 413, 415, 422}
     assert last.status_code == 200
 
@@ -143,6 +143,25 @@ def test_a_client_that_asks_too_often_is_told_when_to_come_back(captioner, pictu
     answers = talk(captioner, conversation, requests_per_minute=0.1, burst=3)
     assert [answer.status_code for answer in answers] == [200, 200, 200, 429]
     assert 1 <= int(answers[3].headers["Retry-After"]) <= 601
+
+
+def test_one_client_cannot_take_all_the_places(captioner, pictures, monkeypatch):
+    """Bodies that never arrive hold their places until they time out."""
+
+    async def never():
+        yield pictures[0][:10]
+        await asyncio.sleep(60)
+
+    async def conversation(client, batcher):
+        waiting = [asyncio.create_task(client.post("/caption", content=never())) for _ in range(2)]
+        await asyncio.sleep(0.1)
+        refused = await client.post("/caption", content=pictures[0])
+        late = await asyncio.gather(*waiting)
+        return [refused, *late, await client.post("/caption", content=pictures[0])]
+
+    answers = talk(captioner, conversation, max_requests_of_client=2, timeout_s=1.0)
+    assert [answer.status_code for answer in answers] == [429, 408, 408, 200]
+    assert "Retry-After" in answers[0].headers
 
 
 def test_a_busy_device_is_503_and_a_slow_one_504(captioner, pictures, monkeypatch):
