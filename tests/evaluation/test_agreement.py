@@ -199,16 +199,22 @@ def test_several_captions_of_an_image(tmp_path):
 
 def test_equal_captions_have_all_in_common():
     found = measure_captions(
-        [["a red cat sits"] * 3, ["a red cat sits", "the blue dog runs off"]],
-        [["x"], ["y"]],
-        ["1", "2"],
+        [
+            ["a red cat sits"] * 3,
+            ["a red cat sits", "the blue dog runs off"],
+            ["one two three four"] * 2 + ["five six seven eight"],
+        ],
+        [["x"], ["y"], ["z"]],
+        ["1", "2", "3"],
         tokenizer="none",
         java=False,
     )
-    np.testing.assert_allclose(found.items["mbleu_4"], [1.0, 0.0], atol=1e-3)
-    np.testing.assert_allclose(found.items["self_cider"], [0.0, 1.0], atol=1e-6)
-    np.testing.assert_allclose(found.items["div_1"], [4 / 12, 1.0])
-    np.testing.assert_allclose(found.items["div_2"], [3 / 12, 7 / 9])
+    np.testing.assert_allclose(found.items["mbleu_4"], [1.0, 0.0, 2 / 3], atol=1e-3)
+    # Of the last, the eigenvalues are 2, 1 and 0.
+    mixed = -np.log(2**0.5 / (2**0.5 + 1)) / np.log(3)
+    np.testing.assert_allclose(found.items["self_cider"], [0.0, 1.0, mixed], atol=1e-6)
+    np.testing.assert_allclose(found.items["div_1"], [4 / 12, 1.0, 8 / 12])
+    np.testing.assert_allclose(found.items["div_2"], [3 / 12, 7 / 9, 6 / 12])
 
 
 def test_captions_without_references_have_words_and_diversity_only():

@@ -50,10 +50,10 @@ def test_what_capjax_caption_writes_of_a_corpus(tmp_path):
 
 
 def test_results_and_annotations_of_coco(tmp_path):
-    results = [{"image_id": 7, "caption": "a cat"}, {"image_id": 9, "caption": "a dog"}]
+    results = [{"image_id": 0, "caption": "a cat"}, {"image_id": 9, "caption": "a dog"}]
     annotations = [
         {"id": 1, "image_id": 9, "caption": "the dog"},
-        {"id": 2, "image_id": 7, "caption": "the cat"},
+        {"id": 2, "image_id": 0, "caption": "the cat"},
         {"id": 3, "image_id": 9, "caption": "one dog"},
         {"id": 7, "image_id": 1, "caption": "a bird"},
     ]
@@ -61,7 +61,7 @@ def test_results_and_annotations_of_coco(tmp_path):
         write(tmp_path / "results.json", results),
         write(tmp_path / "gold.json", {"images": [], "annotations": annotations}),
     )
-    assert found.keys == ("7", "9")
+    assert found.keys == ("0", "9")
     assert found.references == [["the cat"], ["the dog", "one dog"]]
 
 

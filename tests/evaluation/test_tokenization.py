@@ -26,7 +26,20 @@ PAIRS = {
     "Tom &amp; Jerry": "tom & jerry",
     "": "",
 }
-BREAKS = ["\r", "\n", "\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\u2029", "\x00", "\ud800", "\t"]
+BREAKS = [
+    "\r",
+    "\n",
+    "\x0b",
+    "\x0c",
+    "\x1c",
+    "\x85",
+    "\x9f",
+    "\u2028",
+    "\u2029",
+    "\x00",
+    "\ud800",
+    "\t",
+]
 
 
 @pytest.fixture
