@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 def run(args: argparse.Namespace) -> None:
     """Prints the comparison, and writes the tables that were asked for."""
-    from capjax.evaluation import java, tokenization
     from capjax.reporting.tables import to_csv, to_latex
 
     found = compare(*args.compare, references=args.references, tokenizer=args.tokenizer)
@@ -25,9 +24,6 @@ def run(args: argparse.Namespace) -> None:
         if path:
             _write(path, text(table))
     print(text_of(found, args.compare))
-    print(f"tokenizer of captions: {tokenization.choose(args.tokenizer)}")
-    if reason := java.why_missing():
-        print(f"captions without METEOR: {reason}")
 
 
 def compare(
@@ -39,14 +35,16 @@ def compare(
     such file; or any file of captions. What can be computed from captions is, alike for both.
     Raises `UserError` where there is nothing to compare.
     """
-    from capjax.evaluation.comparison import Comparison, compare_captions, compare_measured
+    from capjax.evaluation.comparison import compare_captions, compare_measured
     from capjax.evaluation.java import why_missing
     from capjax.evaluation.meteor import Meteor
 
     sides = [_read(path, references) for path in (first, second)]
     found: dict[str, Comparison] = {}
     with contextlib.ExitStack() as stack:
-        java = False if why_missing() else stack.enter_context(Meteor())
+        has_captions = sides[0][1].keys() & sides[1][1].keys()
+        runs_java = has_captions and not why_missing()
+        java = stack.enter_context(Meteor()) if runs_java else None
         for split in dict.fromkeys([*sides[0][0], *sides[0][1]]):
             parts = []
             if all(split in measured for measured, _ in sides):
@@ -57,7 +55,7 @@ def compare(
                 parts.append(compare_captions(a, b, tokenizer=tokenizer, java=java))
             rows = {row.metric: row for part in parts for row in part.rows}
             if rows:
-                found[split] = Comparison(parts[-1].num_items, list(rows.values()))
+                found[split] = parts[-1]._replace(rows=list(rows.values()))
     if not found:
         splits = [sorted({*measured, *captions}) for measured, captions in sides]
         raise UserError(f"nothing to compare: {first} has {splits[0]}, {second} has {splits[1]}")
@@ -90,9 +88,10 @@ def _read(path: str, references: str | None) -> tuple[dict, dict]:
 def text_of(found: "dict[str, Comparison]", names: list[str]) -> str:
     """A table for each split, 95 % intervals in brackets, and p of the paired test."""
     lines = [f"first:  {names[0]}", f"second: {names[1]}"]
-    for split, (num_items, rows) in found.items():
+    for split, (num_items, rows, notes, skipped) in found.items():
         wide = max(len(row.metric) for row in rows)
-        lines += ["", f"{split}, {num_items:,} images"]
+        how = f", tokens of captions by {notes['tokenizer']}" if notes else ""
+        lines += ["", f"{split}, {num_items:,} images{how}"]
         lines.append(f"{'':{wide}}  {'first':24}  {'second':24}  {'second - first':26}  p")
         for row in rows:
             change = row.difference
@@ -106,6 +105,12 @@ def text_of(found: "dict[str, Comparison]", names: list[str]) -> str:
             )
             line = f"{row.metric:{wide}}  {cells[0]:24}  {cells[1]:24}  {cells[2]:26}  {p_value}"
             lines.append(line.rstrip())
+        names_found = {row.metric for row in rows}
+        lines += [
+            f"{name:{wide}}  not measured: {why}"
+            for name, why in skipped.items()
+            if name not in names_found
+        ]
     lines += [
         "",
         "* p < 0.05: paired approximate randomisation, 1,000 swaps; each figure by itself",

@@ -1,7 +1,7 @@
 """Two systems on the same images: their figures side by side, and whether they differ by chance."""
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,10 +28,17 @@ class Compared(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Of the images that both have (0: there are no items), what was compared."""
+    """What was compared.
+
+    num_items: images that both have; 0 where figures of whole sets are all there is.
+    notes: of the first as of `Measured`, where captions were measured here.
+    skipped: as of `Measured`.
+    """
 
     num_items: int
     rows: list[Compared]
+    notes: dict[str, Any] = {}  # noqa: RUF012 (never mutated)
+    skipped: dict[str, str] = {}  # noqa: RUF012 (never mutated)
 
 
 def compare_captions(
@@ -57,7 +64,7 @@ def compare_captions(
     ]
     compared = _compare(found[0].statistics, found[1].statistics, seed)
     whole = [Compared(name, found[0].whole[name], found[1].whole[name]) for name in found[0].whole]
-    return Comparison(len(keys), [*compared, *whole])
+    return Comparison(len(keys), [*compared, *whole], found[0].notes, found[0].skipped)
 
 
 def compare_measured(first: Measured, second: Measured, *, seed: int = 0) -> Comparison:

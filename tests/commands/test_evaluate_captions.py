@@ -58,8 +58,8 @@ def test_two_runs_are_compared_as_text_csv_and_latex(captions, monkeypatch, caps
     assert cli.main(arguments) == 0
     out = capsys.readouterr().out
     assert "first:  a" in out
-    assert "second: b\n\nval, 40 images\n" in out
-    assert "tokenizer of captions: treebank\ncaptions without METEOR: needs" in out
+    assert "second: b\n\nval, 40 images, tokens of captions by treebank\n" in out
+    assert "\nmeteor           not measured: needs" in out
     (line,) = [line for line in out.splitlines() if line.startswith("num_words")]
     assert line.endswith("0.001 *")
     rows = {
