@@ -60,8 +60,17 @@ def test_retrieval_reads_texts_without_the_prompt(tmp_path):
     np.testing.assert_array_equal(found.items["caption_to_image_rank"], ranks)
     assert found.skipped["rd100_r1"].startswith("12 images")
     assert found.metrics["bags_3_count"] <= 4
-    # The two images of a reference are no strangers: each of them will do.
-    assert found.metrics["text_to_image_r10"] == 1
+    # The two images of a reference, and the two references of an image: each of them will do.
+    texts = sorted({text for r in RECORDS for text in r.references})
+    own = np.array([[text in r.references for text in texts] for r in RECORDS])
+    similarity = JUDGE.embed_images(IMAGES) @ JUDGE.embed_texts(texts).T
+    best = np.where(own, similarity, -1)
+    others = np.where(own, -1, similarity)
+    ranks = 1 + (others >= best.max(1, keepdims=True)).sum(1)
+    np.testing.assert_array_equal(found.items["image_to_text_rank"], ranks)
+    assert found.items["image_to_text_nearest"].tolist() == [texts[i] for i in others.argmax(1)]
+    ranks = 1 + (others >= best.max(0, keepdims=True)).sum(0)
+    assert found.metrics["text_to_image_r5"] == (ranks <= 5).mean()
     write_measured(tmp_path / "val.json", found)
     again = read_measured(tmp_path / "val.json")
     assert again.metrics == found.metrics and again.keys == found.keys

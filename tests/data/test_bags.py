@@ -30,6 +30,12 @@ def test_bags_by_hand():
     assert build_bags(points, 3, duplicate=1.0) == [[1, 0, 2]]
 
 
+def test_who_makes_no_bag_may_join_another():
+    """0 has the nearest rows, 1 and 2; but these are near-duplicates, and 3 is too far."""
+    points, least = at_angles(0, 12, 14, 37), np.cos(np.deg2rad(31))
+    assert build_bags(points, 3, min_similarity=least) == [[2, 0, 3]]
+
+
 def test_rows_that_are_the_same_by_name():
     points = at_angles(0, 14, 29, 42.5)
     assert build_bags(points, 2) == [[2, 3], [0, 1]]

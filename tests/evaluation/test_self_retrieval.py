@@ -60,6 +60,7 @@ def test_random_distractors_are_a_hundred_and_fixed():
     other = random_distractors(captions, images, keys(130), seed=100)
     assert found.items["rd100_r1"].tolist() != other.items["rd100_r1"].tolist()
     np.testing.assert_allclose(found.metrics["rd100_r1"], found.items["rd100_r1"].mean())
+    assert len(set(found.items["rd100_r1"].tolist())) > 2  # the shuffles differ
     # By hand, of the first shuffle: a hundred, and thirty filled up with the first seventy.
     order = np.random.default_rng(0).permutation(130)
     hits = {}
