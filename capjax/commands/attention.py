@@ -1,22 +1,52 @@
 """Where a checkpoint's captioner looks for each word of given captions."""
 
 import functools
+import json
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from capjax.data.decode import ImageError
+from capjax.data.sources import open_source
 from capjax.data.tokenizer import EOS_ID, PAD_ID
 from capjax.decoding.inputs import ImageLike, read_ahead
 from capjax.decoding.loaded_model import LoadedModel
 from capjax.dims import Array, Batch, Float, Params
 from capjax.errors import UserError
-from capjax.evaluation.attention import WordMaps, word_maps
+from capjax.evaluation.attention import WordMaps, word_maps, write_word_maps
 from capjax.models.attention_maps import attention_maps
 from capjax.models.captioner import Captioner
 from capjax.models.coca import CoCa
+
+
+def write_attention(
+    model: LoadedModel, root: epath.Path, split: str, *, layer: int = -1, max_images: int = 1000
+) -> epath.Path:
+    """`attention/<split>.json` of a workdir, from its `captions/<split>.jsonl`; returns the path.
+
+    At most `max_images`, evenly spread. For one process. Raises as `map_words`, and where there are
+    no captions of the split.
+    """
+    path = root / "captions" / f"{split}.jsonl"
+    if not path.exists():
+        raise UserError(f"{path}: no captions of the split {split!r}; run `capjax evaluate` first")
+    records = [json.loads(line) for line in path.read_text().split("\n") if line]
+    count = min(len(records), max_images)
+    records = [records[place * len(records) // count] for place in range(count)]
+    sources = {name: open_source(name) for name in {record["source"] for record in records}}
+    found = map_words(
+        model,
+        [record["key"] for record in records],
+        [sources[record["source"]][record["index"]].image for record in records],
+        [record["caption"] for record in records],
+        layer=layer,
+    )
+    (root / "attention").mkdir(exist_ok=True)
+    write_word_maps(root / "attention" / f"{split}.json", found)
+    return root / "attention" / f"{split}.json"
 
 
 def map_words(

@@ -230,7 +230,7 @@ def _rows(path: str) -> Iterator[Mapping[str, Any]]:
         content = json.loads(text)
     except ValueError:
         try:
-            content = [json.loads(line) for line in text.splitlines() if line.strip()]
+            content = [json.loads(line) for line in text.split("\n") if line.strip()]
         except ValueError as error:
             raise UserError(f"{path} is neither JSON nor JSON lines: {error}") from error
     if isinstance(content, dict) and not all(isinstance(row, dict) for row in content.values()):

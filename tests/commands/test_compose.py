@@ -1,14 +1,16 @@
 """A checkpoint on tests of composition, and where it looks for the words of captions."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
-from capjax.commands.attention import map_words
+from capjax.commands.attention import map_words, write_attention
 from capjax.commands.compose import compose, open_test
 from capjax.data.compositional import Item, Picture
 from capjax.data.images import ImagePreprocessing
@@ -156,3 +158,24 @@ def test_words_over_patches(loaded):
         map_words(loaded, ["b"], images[1:2], captions[1:2], layer=2)
     with pytest.raises(UserError, match="1 keys, 3 images"):
         map_words(loaded, ["b"], images, captions)
+
+
+def test_attention_of_a_workdir(loaded, tmp_path):
+    with pytest.raises(UserError, match="no captions of the split 'val'"):
+        write_attention(loaded, epath.Path(tmp_path), "val")
+    source = open_source("emoji:val")
+    records = [
+        {"key": source[i].key, "source": "emoji:val", "index": i, "caption": f"man {i}"}
+        for i in range(5)
+    ]
+    (tmp_path / "captions").mkdir()
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (tmp_path / "captions" / "val.jsonl").write_text(lines)
+    path = write_attention(loaded, epath.Path(tmp_path), "val", max_images=2)
+    found = json.loads(path.read_text())
+    assert path == tmp_path / "attention" / "val.json"
+    assert list(found) == [records[0]["key"], records[2]["key"]]
+    assert found[records[2]["key"]]["words"] == ["man", "2"]
+    images = [source[2].image]
+    want = map_words(loaded, ["c"], images, ["man 2"])["c"].weights
+    assert np.abs(np.array(found[records[2]["key"]]["weights"]) - want).max() <= 1

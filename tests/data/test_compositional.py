@@ -36,7 +36,8 @@ def images(tmp_path):
 
 
 def write(path, rows, lines=False) -> str:
-    text = "\n".join(map(json.dumps, rows)) if lines else json.dumps(rows)
+    parts = [json.dumps(row, ensure_ascii=False) for row in rows] if lines else [json.dumps(rows)]
+    text = "\n".join(parts)
     path.write_text(text)
     return str(path)
 
@@ -47,7 +48,7 @@ def test_winoground(tmp_path, images):
             "id": number,
             "image_0": "red",
             "image_1": "blue",
-            "caption_0": "red, not blue",
+            "caption_0": "red, not\u2028blue",
             "caption_1": "blue, not red",
             "tag": "Adjective-Color",
             "secondary_tag": "",
@@ -62,7 +63,7 @@ def test_winoground(tmp_path, images):
     ):
         item = read_items("winoground", path, images)[0]
         assert item.key == "0" and item.kind == "Object" and item.truth == DIAGONAL
-        assert item.captions == ("red, not blue", "blue, not red")
+        assert item.captions == ("red, not\u2028blue", "blue, not red")
         assert [color_of(picture) for picture in item.images] == [RED, BLUE]
 
 
