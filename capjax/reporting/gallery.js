@@ -77,7 +77,11 @@ function more() {
   const tiles = listed.slice(made, made + CHUNK).map((item, i) => tile(item, made + i));
   made += tiles.length;
   byId("tiles").append(...tiles);
+  ahead.disconnect();  // observed anew it says again whether the end is near, also where it was before
+  if (made < listed.length) ahead.observe(byId("more"));
 }
+const ahead = new IntersectionObserver(entries => { if (entries.some(entry => entry.isIntersecting)) more(); },
+  { rootMargin: "1200px" });
 
 function tile(item, place) {
   const shown = picture(item.split.images[item.i], item.key), [of] = whose(), name = byId("sort").value;
@@ -185,7 +189,5 @@ function startGallery() {
   });
   document.addEventListener("split", list);
   document.addEventListener("keydown", onKey);
-  new IntersectionObserver(entries => { if (entries.some(entry => entry.isIntersecting)) more(); }, { rootMargin: "1200px" })
-    .observe(byId("more"));
 }
 if (data.splits.length) startGallery();
