@@ -3,7 +3,7 @@
 const data = JSON.parse(byId("data").textContent);
 const CHUNK = 60;
 const items = data.splits.flatMap((split, s) => split.keys.map((key, i) => ({ split, s, i, key, text: null })));
-let listed = [], made = 0;
+let listed = [], made = 0, waiting = 0;
 
 function make(tag, properties = {}, ...children) {
   const element = Object.assign(document.createElement(tag), properties);
@@ -52,6 +52,7 @@ function sortValue(item, name) {
 }
 
 function list() {
+  clearTimeout(waiting);
   const words = byId("find").value.toLowerCase().split(/\s+/).filter(Boolean), [run] = whose();
   const split = chosenSplit(), keep = filters.find(([name]) => name === byId("filter").value)[2];
   listed = items.filter(item => (split === "" || item.split.name === split) && keep(item, run)
@@ -144,6 +145,7 @@ function onKey(event) {
     byId("find").focus();
     byId("find").select();
   } else if (on === byId("find") && (event.key === "Enter" || event.key === "ArrowDown")) {
+    list();  // of what was typed a moment ago
     focusTile(0);
   } else if (on === byId("find") && event.key === "Escape") {
     byId("find").value = "";
@@ -170,7 +172,6 @@ function startGallery() {
   fill(byId("sort"), [["", "random order"], ...data.measures.map(({ name, title }) => [name, title])]);
   fill(byId("whose"), [...data.runs.map(({ name }, run) => [String(run), name]),
     ...data.runs.slice(1).map(({ name }, i) => [`${i + 1}-0`, `${name} − ${data.runs[0].name}`])]);
-  let waiting = 0;
   byId("find").addEventListener("input", () => { clearTimeout(waiting); waiting = setTimeout(list, 80); });
   for (const id of ["filter", "sort", "whose"]) byId(id).addEventListener("change", () => {
     if (id === "sort") {  // the worst first
