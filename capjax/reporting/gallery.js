@@ -34,7 +34,7 @@ const filters = [
   ["exact", "exact", (item, run) => measure(item, run, "exact_match") === 1],
   ["wrong", "not exact", (item, run) => measure(item, run, "exact_match") !== 1],
   ["missed", "retrieval failures", isMissed],
-  ["differ", "runs differ", item => new Set(data.runs.map((_, run) => caption(item, run))).size > 1],
+  ["differ", "captions differ", item => new Set(data.runs.map((_, run) => caption(item, run))).size > 1],
   ["attention", "with attention", (item, run) => item.split.runs[run].attention[item.i] != null],
 ];
 

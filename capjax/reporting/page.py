@@ -17,7 +17,7 @@ from capjax.errors import UserError
 from capjax.reporting.curves import curves
 from capjax.reporting.gallery import gallery
 from capjax.reporting.metric_names import named
-from capjax.reporting.runs import Run, config_differences, read_runs, splits_of
+from capjax.reporting.runs import Run, config_differences, read_runs, splits_of, voices
 from capjax.reporting.tables import (
     Table,
     guidance_tables,
@@ -79,7 +79,7 @@ def write_report(
         plots=tradeoff_plots(runs),
         named=named,
         curves=curves(runs),
-        data=gallery(runs, seed=seed, max_images=max_images),
+        data=gallery(voices(runs), seed=seed, max_images=max_images),
         seed=seed,
         differences=config_differences(runs),
         as_json=lambda value: json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False),

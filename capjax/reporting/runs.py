@@ -1,6 +1,7 @@
 """What `capjax train` and `capjax evaluate` left in a workdir, read for a page."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ class Run(NamedTuple):
     metrics: list[dict[str, Any]]  # the lines of metrics.jsonl
     evaluations: dict[str, Measured]  # by the name of the file in evaluations/
     captions: dict[str, list[dict[str, Any]]]  # by split
+    guided: dict[str, list[dict[str, Any]]]  # by split and scale: "val@2"
     attention: dict[str, dict[str, WordMaps]]  # by split and key
 
 
@@ -88,6 +90,27 @@ def splits_of(runs: Sequence[Run]) -> list[str]:
     return sorted(found)
 
 
+def voices(runs: Sequence[Run]) -> list[Run]:
+    """The runs; after them what each says with guidance, a scale as if it were another run."""
+    found = list(runs)
+    for run in runs:
+        scales: dict[str, dict[str, list[dict[str, Any]]]] = {}
+        for name, records in run.guided.items():
+            split, _, scale = name.partition("@")
+            scales.setdefault(scale, {})[split] = records
+        for scale, captions in sorted(scales.items(), key=lambda pair: _as_number(pair[0])):
+            name = f"guidance {scale}" if len(runs) == 1 else f"{run.name}, guidance {scale}"
+            evaluations = {
+                split: run.evaluations[f"{split}@{scale}"]
+                for split in captions
+                if f"{split}@{scale}" in run.evaluations
+            }
+            found.append(
+                run._replace(name=name, captions=captions, evaluations=evaluations, attention={})
+            )
+    return found
+
+
 def config_differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """The fields in which the runs' configs differ, with the value of each run ("" for none)."""
     flat = [_flat(run.config) for run in runs]
@@ -109,11 +132,8 @@ def _read_run(path: Path, name: str) -> Run:
         evaluations={
             file.stem: read_measured(file) for file in sorted(path.glob("evaluations/*.json"))
         },
-        captions={
-            file.stem: records
-            for file in sorted(path.glob("captions/*.jsonl"))
-            if (records := _read_captions(file))
-        },
+        captions=_read_captions(path / "captions"),
+        guided=_read_captions(path / "captions" / "guided"),
         attention={file.stem: _read_attention(file) for file in path.glob("attention/*.json")},
     )
 
@@ -125,7 +145,12 @@ def _read_json(path: Path) -> Any:
         raise UserError(f"{path}: not a JSON file ({error}); write it again") from error
 
 
-def _read_captions(path: Path) -> list[dict[str, Any]]:
+def _read_captions(directory: Path) -> dict[str, list[dict[str, Any]]]:
+    files = {file.stem: _read_records(file) for file in sorted(directory.glob("*.jsonl"))}
+    return {name: records for name, records in files.items() if records}
+
+
+def _read_records(path: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(path.read_text("utf-8").split("\n"), 1):
         if not line:
@@ -154,6 +179,13 @@ def _read_attention(path: Path) -> dict[str, WordMaps]:
             ) from error
         found[key] = WordMaps(words, (height, width), weights)
     return found
+
+
+def _as_number(scale: str) -> float:
+    try:
+        return float(scale)
+    except ValueError:
+        return math.inf  # not a scale: last
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

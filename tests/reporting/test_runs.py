@@ -5,7 +5,7 @@ import json
 import pytest
 
 from capjax.errors import UserError
-from capjax.reporting.runs import config_differences, last_evaluation, read_runs, splits_of
+from capjax.reporting.runs import config_differences, last_evaluation, read_runs, splits_of, voices
 
 
 def test_runs_are_named_by_what_tells_them_apart(tmp_path, make_run):
@@ -29,6 +29,24 @@ def test_a_line_separator_in_a_caption_ends_no_line(tmp_path, make_run):
     (root / "captions" / "concept.jsonl").write_text(text + "\n")
     (run,) = read_runs([root])
     assert [record["caption"] for record in run.captions["concept"]] == ["one\u2028two\u0085"]
+
+
+def test_what_is_said_with_guidance_is_another_voice(tmp_path, make_run):
+    root = make_run(tmp_path / "run")
+    (root / "captions" / "guided").mkdir()
+    for scale in ("10", "2", "1.5"):
+        line = json.dumps({"key": "a", "caption": f"with {scale}"}) + "\n"
+        (root / "captions" / "guided" / f"concept@{scale}.jsonl").write_text(line)
+    runs = read_runs([root])
+    said = voices(runs)
+    assert [voice.name for voice in said] == ["run", *(f"guidance {s}" for s in ("1.5", "2", "10"))]
+    assert said[0] is runs[0]
+    assert said[2].captions["concept"][0]["caption"] == "with 2"
+    assert said[2].evaluations == {"concept": runs[0].evaluations["concept@2"]}
+    assert said[1].evaluations == {}
+    assert splits_of(runs) == ["concept"]
+    both = voices(read_runs([root, make_run(tmp_path / "other")]))
+    assert [voice.name for voice in both][1:3] == ["other", "run, guidance 1.5"]
 
 
 def test_only_the_fields_that_differ_are_listed(tmp_path, make_run):
