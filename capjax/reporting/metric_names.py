@@ -15,7 +15,15 @@ GROUPS = (
     "Other",
 )
 REFERENCE_BASED = ("cider_d", "cider_plain", "bleu_4", "meteor", "rouge_l", "spice", "unigram_f1")
-REFERENCE_FREE = ("caption_to_image_r1", "rd100_r1", "clip_score", "pac_score", "self_cider")
+REFERENCE_FREE = (
+    "caption_to_image_r1",
+    "rd100_r1",
+    "clip_score",
+    "pac_score",
+    "self_cider",
+    "distinct_ratio",  # the last two need no judge
+    "vocabulary_size",
+)
 _COUNTS = ("retrieval_images", "retrieval_captions", "num_images", "num_captions")
 
 
@@ -46,7 +54,7 @@ _PATTERNS = [
         ),
         "Agreement with the references": (
             (r"cider_d", "CIDEr-D", 1),
-            (r"cider_plain", "CIDEr", 1),
+            (r"cider_plain", "CIDEr without clipping", 1),
             (r"spice", "SPICE", 1),
             (r"meteor", "METEOR", 1),
             (r"bleu_(\d)", r"BLEU-\1", 1),

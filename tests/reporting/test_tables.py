@@ -152,4 +152,4 @@ def test_a_trade_off_has_a_curve_a_run_and_a_point_a_scale(runs):
     assert figure.count("<circle") == 4
     assert figure.count('class="error') == 4  # the points' intervals in CIDEr-D
     assert ">other_one<" in figure
-    assert set(plots) == {("cider_d", "caption_to_image_r1")}  # no others are measured
+    assert set(plots) == {("cider_d", y) for y in ("caption_to_image_r1", "distinct_ratio")}
