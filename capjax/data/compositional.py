@@ -3,6 +3,7 @@
 A reader for each published layout gives `Item`s; their pictures are read when they are wanted.
 """
 
+import csv
 import json
 import posixpath
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -85,18 +86,43 @@ def read_winoground(path: str, images: str) -> list[Item]:
 def read_vismin(path: str, images: str) -> list[Item]:
     """VisMin's benchmark, Parquet or JSON (Awal et al. 2024, arXiv:2407.16772).
 
-    The kind is the category: object, attribute, counting or relation.
+    The kind is the category: object, attribute, counting or relation. The rows are as published, in
+    half of which the first caption is that of the second image: beside the file, or in `solutions`
+    there, must lie their `sim_solution.csv`, which says of which. Raises `UserError` where it does
+    not, or is of other rows.
     """
+    rows, solution = list(_rows(path)), list(_vismin_solution(path))
+    if [row["category"] for row in rows] != [category for category, _ in solution]:
+        raise UserError(
+            f"{path}: its {len(rows)} rows are not those of its sim_solution.csv, which has "
+            f"{len(solution)}; take both from one release, with all parts of the test set"
+        )
     return [
         Item(
-            str(row["id"]),
+            str(row.get("id", number)),
             row["category"],
             tuple(_picture(images, row[f"image_{i}"], ".png") for i in (0, 1)),
             (row["text_0"], row["text_1"]),
-            DIAGONAL,
+            DIAGONAL if is_in_order else DIAGONAL[::-1],
         )
-        for row in _rows(path)
+        for number, (row, (_, is_in_order)) in enumerate(zip(rows, solution, strict=True))
     ]
+
+
+def _vismin_solution(path: str) -> Iterator[tuple[str, bool]]:
+    """(category, whether the first caption is the first image's) of each row."""
+    usual = [files.sibling(path, f"{folder}sim_solution.csv") for folder in ("", "solutions/")]
+    found = next((place for place in usual if Path(place).is_file()), None)
+    if found is None:
+        raise UserError(
+            f"{path}: which caption is whose is said by VisMin's sim_solution.csv; put it beside "
+            "the file (it is in the folder vismin-bench/solutions of rabiulcste/vismin)"
+        )
+    for row in csv.DictReader(Path(found).read_text("utf-8").splitlines()):
+        first = row["Text"].split(" & ")[0]
+        if first not in ("T0_I0 > T1_I0", "T1_I0 > T0_I0"):
+            raise UserError(f"{found}: expected a comparison of T0_I0 and T1_I0, got {first!r}")
+        yield row["category"], first.startswith("T0")
 
 
 def read_sugarcrepe(path: str, images: str) -> list[Item]:
@@ -220,9 +246,10 @@ def _choice(key: str, kind: str, picture: Picture, captions: Sequence[str]) -> I
 
 
 def _rows(path: str) -> Iterator[Mapping[str, Any]]:
-    """The objects of a file: Parquet, a JSON list, a JSON object of them (by `id`), or lines."""
+    """The objects of a file: Parquet (or several), a JSON list or object (by `id`), or lines."""
     if path.endswith(".parquet"):
-        yield from import_parquet().read_table(path).to_pylist()
+        for file in files.expand(path):
+            yield from import_parquet().read_table(file).to_pylist()
         return
     with opened(path) as file:
         text = file.read().decode()

@@ -1,6 +1,7 @@
 """Tests of composition in the layouts they are published in, small."""
 
 import io
+import itertools
 import json
 
 import numpy as np
@@ -69,20 +70,33 @@ def test_winoground(tmp_path, images):
 
 def test_vismin_in_parquet(tmp_path):
     shown = [{"bytes": png(RED), "path": "a.png"}, {"bytes": png(BLUE), "path": "b.png"}]
+    row = {"image_0": shown[0], "text_0": "red", "image_1": shown[1], "text_1": "blue"}
+    swapped = {"image_0": shown[1], "text_0": "red", "image_1": shown[0], "text_1": "blue"}
+    for number, part in enumerate((row | {"id": "7"}, swapped | {"id": "8"})):
+        table = pyarrow.Table.from_pylist([part | {"category": "attribute"}])
+        pyarrow.parquet.write_table(table, tmp_path / f"test-{number}.parquet")
+    path = str(tmp_path / "test-*.parquet")
+    with pytest.raises(UserError, match=r"sim_solution\.csv; put it beside"):
+        read_items("vismin", path, "")
+    (tmp_path / "solutions").mkdir()
+    solution = tmp_path / "solutions" / "sim_solution.csv"
     rows = [
-        {
-            "image_0": shown[0],
-            "text_0": "A red square",
-            "image_1": shown[1],
-            "text_1": "A blue square",
-            "id": "7",
-            "category": "attribute",
-        }
+        "idx,Text,Image,category",
+        "0,T0_I0 > T1_I0 & T1_I1 > T0_I1,T0_I0 > T0_I1 & T1_I1 > T1_I0,attribute",
+        "0,T1_I0 > T0_I0 & T0_I1 > T1_I1,T0_I1 > T0_I0 & T1_I0 > T1_I1,attribute",
     ]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "test.parquet")
-    [item] = read_items("vismin", str(tmp_path / "test.parquet"), "")
-    assert (item.key, item.kind, item.truth) == ("7", "attribute", DIAGONAL)
-    assert [color_of(picture) for picture in item.images] == [RED, BLUE]
+    solution.write_text("\n".join(rows))
+    items = read_items("vismin", path, "")
+    assert [(item.key, item.kind) for item in items] == [("7", "attribute"), ("8", "attribute")]
+    for item in items:
+        for image, truth in zip(item.images, item.truth, strict=True):
+            [caption] = [
+                text for text, is_true in zip(item.captions, truth, strict=True) if is_true
+            ]
+            assert color_of(image) == {"red": RED, "blue": BLUE}[caption]
+    solution.write_text("\n".join(rows[:2]))
+    with pytest.raises(UserError, match="its 2 rows are not those"):
+        read_items("vismin", path, "")
 
 
 def test_sugarcrepe(tmp_path, images):
