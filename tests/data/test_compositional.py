@@ -1,7 +1,6 @@
 """Tests of composition in the layouts they are published in, small."""
 
 import io
-import itertools
 import json
 
 import numpy as np
