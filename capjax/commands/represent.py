@@ -15,6 +15,7 @@ from capjax.errors import UserError
 from capjax.evaluation.every_row import NO_LABEL, ImageRows
 from capjax.evaluation.features import frozen_features
 from capjax.evaluation.fewshot import SHOTS, draw_shots, least_squares
+from capjax.evaluation.intervals import Statistic, intervals, mean_of
 from capjax.evaluation.knn import knn_scores
 from capjax.evaluation.linear_probe import PENALTIES, train_linear_probe
 from capjax.evaluation.measured import Measured, join
@@ -148,16 +149,30 @@ def _labelled(name: str, rows: ImageRows, num_classes: int) -> ImageRows:
 
 def _measured(way: str, predicted_SN: np.ndarray, rows: ImageRows, **notes) -> Measured:
     """Of S runs' predictions [S, N], or those of one run [N]: the mean over the runs."""
-    is_right_SN = np.atleast_2d(predicted_SN) == rows.labels_N
-    is_right_N = is_right_SN.mean(0)
-    classes = np.unique(rows.labels_N)
-    class_mean = np.mean([is_right_N[rows.labels_N == label].mean() for label in classes])
+    is_right_N = (np.atleast_2d(predicted_SN) == rows.labels_N).mean(0)
+    statistics = {
+        f"{way}_top1": mean_of(is_right_N),
+        f"{way}_class_mean": _class_mean(is_right_N, rows.labels_N),
+    }
     return Measured(
-        {f"{way}_top1": float(is_right_N.mean()), f"{way}_class_mean": float(class_mean)},
+        {name: statistic.value for name, statistic in statistics.items()},
         {f"{way}_top1": is_right_N},
         rows.keys,
+        intervals(statistics),
         notes={way: notes} if notes else {},
     )
+
+
+def _class_mean(is_right_N: np.ndarray, labels_N: np.ndarray) -> Statistic:
+    """The mean over the classes that there are of the share of each that is right."""
+    is_class_NC = labels_N[:, None] == np.unique(labels_N)
+    rows = np.concatenate([is_class_NC * is_right_N[:, None], is_class_NC], axis=1)
+
+    def of_sums(sums: np.ndarray) -> np.ndarray | np.floating:
+        right, count = np.split(sums, 2, axis=-1)
+        return (right / np.maximum(count, 1)).sum(-1) / (count > 0).sum(-1)
+
+    return Statistic(rows, of_sums)
 
 
 def _majority(known: ImageRows, rows: ImageRows) -> Measured:

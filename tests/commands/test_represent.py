@@ -1,6 +1,10 @@
 """All ways of classifying together: on any mesh, and for models that lack a part."""
 
 import dataclasses
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +13,7 @@ from etils import epath
 from capjax.commands.represent import label_names, represent
 from capjax.decoding.loaded_model import LoadedModel
 from capjax.errors import UserError
+from capjax.evaluation.measured import read_measured
 from capjax.models.image_encoder import ImageEncoderConfig
 from capjax.models.image_tower import ImageTower
 from capjax.models.towers import Towers
@@ -62,9 +67,11 @@ def test_every_way_on_one_device_and_eight(tmp_path):
     assert one.keys == eight.keys == tuple(f"b/{index:03d}" for index in kept)
     for name, value in one.metrics.items():
         assert eight.metrics[name] == value, name
+        low, high = one.intervals[name]
+        assert low <= value <= high
         if name.endswith("top1"):
             assert one.items[name].mean() == pytest.approx(value)
-    labels = np.array(kept) % 3
+    labels = (np.array(kept) + 1) % 3
     for name, items in one.items.items():
         means = [items[labels == label].mean() for label in range(3)]
         class_mean = one.metrics[name.removesuffix("top1") + "class_mean"]
@@ -76,6 +83,56 @@ def test_every_way_on_one_device_and_eight(tmp_path):
     assert one.notes["represent"]["majority"]["unreadable"] == 4
     assert one.notes["represent"]["fewshot_1"]["classes_with_fewer"] == 1
     assert not one.skipped
+
+
+PROCESS = """
+import sys
+import jax
+jax.config.update("jax_num_cpu_devices", 4)
+jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]))
+from etils import epath
+from capjax.evaluation import features
+from capjax.evaluation.measured import write_measured
+from tests.commands.test_represent import EIGHT, PREPROCESSING, TEST, measured, model
+directory, loaded = epath.Path(sys.argv[3]), model().on_mesh(EIGHT)
+found = measured(loaded, directory=directory)
+features.map_images = None  # from here on there are those that were kept
+again = features.frozen_features(
+    loaded.towers, loaded.params, TEST, PREPROCESSING, mesh=EIGHT, directory=directory
+)
+assert len(again.keys) == 19 and again.unreadable == 2
+write_measured(directory.parent / f"{sys.argv[2]}.json", found)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_count_as_one(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", PROCESS, str(port)]
+    processes = [
+        subprocess.Popen(
+            [*command, str(index), str(tmp_path / "features")],
+            cwd=Path(__file__).parents[2],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=400)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output
+    alone = measured(model().on_mesh(EIGHT))
+    for index in range(2):
+        found = read_measured(tmp_path / f"{index}.json")
+        assert found.metrics == alone.metrics and found.keys == alone.keys
+    assert len(list((tmp_path / "features").iterdir())) == 3  # of training, of the test twice
 
 
 def test_the_test_set_has_no_part_in_any_choice():

@@ -40,11 +40,11 @@ def test_with_few_training_rows_all_vote():
     np.testing.assert_allclose(found, plain(50, 0.2), rtol=1e-4, atol=1e-6)
 
 
-def test_of_equal_neighbours_the_first_votes_in_any_block(monkeypatch):
-    labels_N = np.array([2, 1, 0, 1, 1])
-    for block in (2, 5):
+def test_of_equal_neighbours_the_first_vote_in_any_block(monkeypatch):
+    labels_N = np.array([2, 2, 0] + [1] * 61)
+    for block in (2, 64):
         monkeypatch.setattr(knn, "BLOCK", block)
-        found = knn_scores(np.ones((5, 2)), labels_N, np.ones((1, 2)), 3, mesh=ONE, k=1)
+        found = knn_scores(np.ones((64, 2)), labels_N, np.ones((1, 2)), 3, mesh=ONE, k=2)
         np.testing.assert_array_equal(found, [[0, 0, 1]])
 
 
