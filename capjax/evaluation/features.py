@@ -96,6 +96,7 @@ def kept(directory: epath.Path, described: Any, make: Callable[[], ImageRows]) -
     """What `make` returns, or returned when it was last `described` so (as JSON has it).
 
     The first process writes, whole files only; a file is read only where every process can read it.
+    Raises `UserError` where the directory cannot be written.
     """
     name = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
     path = directory / f"{name}.npz"
@@ -104,9 +105,8 @@ def kept(directory: epath.Path, described: Any, make: Callable[[], ImageRows]) -
         return found
     rows = make()
     if jax.process_index() == 0:
-        directory.mkdir(parents=True, exist_ok=True)
-        content = io.BytesIO()
         keys = json.dumps(rows.keys)  # ASCII, whatever characters they have
+        content = io.BytesIO()
         np.savez(
             content,
             values=rows.values,
@@ -114,7 +114,14 @@ def kept(directory: epath.Path, described: Any, make: Callable[[], ImageRows]) -
             keys=np.frombuffer(keys.encode(), np.uint8),
             unreadable=np.array(rows.unreadable),
         )
-        write_atomic(path, content.getvalue())
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, content.getvalue())
+        except OSError as error:
+            raise UserError(
+                f"features cannot be kept in {directory} ({error.strerror or error}); "
+                "name another directory, or none"
+            ) from error
     return rows
 
 

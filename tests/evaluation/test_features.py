@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from capjax.data.images import ImagePreprocessing
 from capjax.errors import UserError
@@ -55,7 +56,7 @@ def test_by_hand(kind):
 
 
 def test_what_is_kept_is_taken_for_the_same_alone(tmp_path, monkeypatch):
-    directory = features.epath.Path(tmp_path / "features")
+    directory = epath.Path(tmp_path / "features")
     first = made(directory=directory)
     (file,) = directory.iterdir()
     whole = file.read_bytes()
@@ -107,6 +108,12 @@ def test_what_there_is_not_is_an_error():
     captioner = Towers(captioner=Captioner(config))
     with pytest.raises(UserError, match="no contrastive towers"):
         frozen_features(captioner, {}, SOURCE, PREPROCESSING, mesh=ONE, kind="embedding")
+
+
+def test_a_directory_that_cannot_be_written_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="features cannot be kept in"):
+        made(directory=epath.Path(tmp_path / "file" / "features"))
 
 
 def test_features_that_are_not_finite_are_an_error():
