@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from capjax.checkpoint import check_disk_space, find_steps
+from capjax.commands.measures import MEASURES, Measures, open_measures
 from capjax.commands.program import build_mesh, build_program, check_counts
 from capjax.commands.settings import from_dataclass_kwargs
 from capjax.data.augmentation import Augment
@@ -55,6 +56,7 @@ class Plan(NamedTuple):
     augment: Augment
     source: Source | None  # None: synthetic examples
     splits: dict[str, tuple[str, Source]]  # name -> (what was opened, the source)
+    measures: Measures  # beside likelihood, captions and retrieval
     tokenizer: Tokenizer
     objectives: Objectives
     towers: Towers
@@ -72,7 +74,7 @@ def build_run(config: ConfigDict, workdir: str) -> Plan:
     check_counts(config, mesh)
     data, augment = build_data(config), from_dataclass_kwargs(Augment, config.augment, "augment")
     source = build_source(config)
-    splits = open_splits(config)
+    splits, measures = open_splits(config), build_measures(config)
     kept = epath.Path(workdir).expanduser() / "tokenizer.model"
     tokenizer = build_tokenizer(config, source, kept)
     program = build_program(
@@ -91,6 +93,7 @@ def build_run(config: ConfigDict, workdir: str) -> Plan:
         augment=augment,
         source=source,
         splits=splits,
+        measures=measures,
         tokenizer=tokenizer,
         warm_start=build_warm_start(config),
         objectives=program.objectives,
@@ -197,6 +200,17 @@ def build_mixture(config: ConfigDict) -> Mixture:
 def open_splits(config: ConfigDict) -> dict[str, tuple[str, Source]]:
     """Name -> (what was opened, the source) of the splits to evaluate. Raises `UserError`."""
     return {name: (source, open_source(source)) for name, source in config.evaluate.splits.items()}
+
+
+def build_measures(config: ConfigDict, **given: Any) -> Measures:
+    """Opens what the section `evaluate` asks for beside the splits, or what is given instead.
+
+    Raises `UserError`.
+    """
+    asked = {name: config.evaluate.get(name) for name in MEASURES if name in config.evaluate}
+    asked |= {name: value for name, value in given.items() if value is not None}
+    asked["probe_source"] = asked.get("probe_source") or config.data.source
+    return open_measures(**asked)
 
 
 def build_tokenizer(config: ConfigDict, source: Source | None, kept: epath.Path) -> Tokenizer:

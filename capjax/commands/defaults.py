@@ -202,9 +202,24 @@ def default_config() -> ConfigDict:
 
     config.checkpoint = ConfigDict({"every_steps": 1000, "keep": 3})
     config.log_every_steps = 10
-    # During training `max_examples` of each split are used; at the end all of them.
+    # During training `max_examples` of each split are used; at the end all of them. Beside
+    # likelihood, captions and retrieval: `probes` on frozen features, which learn from
+    # `probe_source` ("": `data.source`) and whose classes a file of `labels` names; tests of
+    # `composition` (NAME or NAME=FILE,IMAGES); a `judge` of the captions, a checkpoint of towers;
+    # and captions with other `guidance_scales`.
     config.evaluate = ConfigDict(
-        {"every_steps": 1000, "batch_size": 128, "max_examples": 1024, "splits": {}}
+        {
+            "every_steps": 1000,
+            "batch_size": 128,
+            "max_examples": 1024,
+            "splits": {},
+            "probes": False,
+            "probe_source": "",
+            "labels": "",
+            "composition": (),
+            "judge": "",
+            "guidance_scales": (),
+        }
     )
     config.profile = ConfigDict({"start_step": 0, "num_steps": 0})
     config.tensorboard = True

@@ -6,7 +6,11 @@ from capjax.errors import UserError
 
 TOKENIZERS = ("auto", "ptb", "treebank", "none")  # as in evaluation/tokenization.py
 GOES_WITH = {
-    "workdir": ("step", "split", "batch_size", "max_examples"),
+    "workdir": (
+        *("step", "split", "batch_size", "max_examples"),
+        *("probes", "probe_source", "labels", "composition", "judge", "guidance_scales"),
+        "attention",
+    ),
     "captions": ("references", "output"),
     "compare": ("references", "csv", "latex"),
 }
@@ -41,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max_examples", type=int, metavar="N", help="of each split, evenly spread (default: all)"
     )
+    _add_measures(
+        parser.add_argument_group("more of a run (defaults: the config's section `evaluate`)")
+    )
     parser.add_argument(
         "--references",
         metavar="FILE",
@@ -59,8 +66,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--latex", metavar="FILE", help="with --compare: write the table there")
 
 
+def _add_measures(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--probes",
+        action="store_const",
+        const=True,
+        help="k-NN, linear probe, few-shot on frozen features; zero-shot by towers or likelihood",
+    )
+    group.add_argument(
+        "--probe_source", metavar="SOURCE", help="what they learn from (the training data)"
+    )
+    group.add_argument("--labels", metavar="FILE", help="the names of the classes, one a line")
+    group.add_argument(
+        "--composition",
+        action="append",
+        metavar="NAME[=FILE[,IMAGES]]",
+        help="a test of composition: emoji (built from the embedded corpus), winoground, "
+        "sugarcrepe, ...; may be repeated",
+    )
+    group.add_argument(
+        "--judge", metavar="DIR", help="a run or checkpoint of towers that scores the captions"
+    )
+    group.add_argument(
+        "--guidance_scales",
+        type=_scales,
+        metavar="X[,X...]",
+        help="caption with these too (1.5,2), for trade-offs",
+    )
+    group.add_argument(
+        "--attention",
+        type=int,
+        default=0,
+        metavar="N",
+        help="keep where the captioner looks for each word of N captions of each split",
+    )
+
+
+def _scales(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected numbers with commas between, got {text!r}"
+        ) from None
+
+
 def run(args: argparse.Namespace) -> None:
-    """Prints what was measured; of a run, writes metrics.jsonl and captions/<split>.jsonl too."""
+    """Prints what was measured; of a run, writes metrics, captions and evaluations too."""
     _check(args)
     if args.compare or args.captions:
         from capjax.commands import compare, evaluate_captions
@@ -89,8 +141,11 @@ def _evaluate_run(args: argparse.Namespace) -> None:
     from etils import epath
     from ml_collections import ConfigDict
 
+    from capjax.checkpoint.reading import warn
     from capjax.commands import build
-    from capjax.commands.evaluators import evaluate_split
+    from capjax.commands.attention import write_attention
+    from capjax.commands.evaluators import Evaluation
+    from capjax.commands.measures import MEASURES
     from capjax.commands.models import build_objectives
     from capjax.commands.program import build_mesh
     from capjax.data.sources import open_source
@@ -110,27 +165,28 @@ def _evaluate_run(args: argparse.Namespace) -> None:
     batch_size = args.batch_size or config.evaluate.batch_size
     mesh = build_mesh(config)
     check_batch_size(batch_size, mesh, "--batch_size")
-    loaded = loaded.on_mesh(mesh)
-    found: dict[str, dict[str, float]] = {}
-    for name, split in opened.items():
-        found[name] = evaluate_split(
-            loaded.towers,
-            loaded.params,
-            mesh=mesh,
-            data=build.build_data(config),
-            tokenizer=loaded.tokenizer,
-            split=split,
-            batch_size=batch_size,
-            max_examples=args.max_examples,
-            step=loaded.step,
-            captions_file=root / "captions" / f"{name}.jsonl",
-            objectives=build_objectives(config),
-        )
+    given = {name: getattr(args, name) for name in MEASURES}
+    evaluation = Evaluation(
+        root,
+        mesh,
+        build.build_data(config),
+        build_objectives(config),
+        build.build_measures(config, **given, tokenizer=args.tokenizer, java=None),
+        batch_size=batch_size,
+        max_examples=args.max_examples,
+        say=lambda line: warn(line.removeprefix("warning: ")),
+    )
+    model = loaded.on_mesh(mesh)
+    found = {name: evaluation.split(name, split, model) for name, split in opened.items()}
+    for name, _ in evaluation.measures.tests:
+        found[f"test_{name}"] = evaluation.test(name, model)
     if jax.process_index() == 0:
         writer = JsonlWriter(root / "metrics.jsonl", restored_step=2**62)  # trims torn lines only
         for name, metrics in found.items():
             writer.write(loaded.step, {f"eval/{name}/{metric}": v for metric, v in metrics.items()})
         writer.close()
+        for name in opened if args.attention and loaded.towers.generator else ():
+            write_attention(loaded, root, name, max_images=args.attention)
         print(_table(found, loaded.step))
 
 

@@ -1,106 +1,215 @@
 """The evaluation of a run's splits, in training and by `capjax evaluate`."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 from etils import epath
 from jax.sharding import Mesh
 
 from capjax.commands.build import DataPlan, Plan, evaluation_batches
+from capjax.commands.compose import compose
+from capjax.commands.judged import judge_captions
+from capjax.commands.measures import Measures, Probes
+from capjax.commands.represent import represent
+from capjax.commands.settings import resolved_dict
 from capjax.data.captions import reference_texts
 from capjax.data.sources import Source
-from capjax.data.tokenizer import Tokenizer
-from capjax.dims import Params
+from capjax.decoding.loaded_model import LoadedModel
+from capjax.decoding.options import GREEDY, DecodingOptions
+from capjax.evaluation.blindness import blindness
 from capjax.evaluation.likelihood import evaluate_likelihood
+from capjax.evaluation.measured import Measured, join, write_measured
 from capjax.evaluation.retrieval import evaluate_retrieval
-from capjax.evaluation.splits import caption_split, write_captions
-from capjax.models.towers import Towers
+from capjax.evaluation.splits import caption_split, measure_records, write_captions
 from capjax.objectives.combined import Objectives
 from capjax.training.loop import Evaluator
 
+Opened = tuple[str, Source]  # what was opened, and the source
 
-def build_evaluators(plan: Plan, captions: epath.Path) -> list[Evaluator]:
-    """One evaluator for each split; at the end of the run it takes every example."""
-    settings = plan.config.evaluate
 
-    def run(name, split, state, step):
-        return evaluate_split(
-            plan.towers,
-            state.params if state.ema is None else state.ema,
-            mesh=plan.mesh,
-            data=plan.data,
-            tokenizer=plan.tokenizer,
-            split=split,
-            batch_size=settings.batch_size,
-            max_examples=None if step == plan.total_steps else settings.max_examples,
-            step=step,
-            captions_file=captions / f"{name}.jsonl",
-            objectives=plan.objectives,
+class Evaluation:
+    """What the splits of a run have in common.
+
+    `root` is the workdir: captions go to captions/<split>.jsonl, all that was measured to
+    evaluations/<split>.json, probes to <split>@probes.json, captions with guidance to
+    <split>@<scale>.json, a test of composition to test_<name>.json. `say` is told of a captioner
+    that ignores its images.
+    """
+
+    def __init__(
+        self,
+        root: epath.Path,
+        mesh: Mesh,
+        data: DataPlan,
+        objectives: Objectives,
+        measures: Measures,
+        *,
+        batch_size: int,
+        max_examples: int | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self.root = root
+        self.mesh = mesh
+        self.data = data
+        self.objectives = objectives
+        self.measures = measures
+        self.batch_size = batch_size
+        self.max_examples = max_examples
+        self.say = say
+
+    def split(self, name: str, opened: Opened, model: LoadedModel) -> dict[str, float]:
+        """All that can be measured of one split; the numbers. `model` lies on the mesh."""
+        parts: dict[str, Measured] = {}
+        if model.towers.generator is not None:
+            parts["likelihood"] = self._likelihood(opened, model)
+            parts |= self._captions(name, opened, model, GREEDY)
+            self._warn(name, join(parts).metrics)
+        if model.towers.embedder is not None:
+            parts["retrieval"] = self._retrieval(opened, model)
+        if "judged" in parts:
+            parts["judged"] = _without(parts["judged"], parts.get("retrieval"))
+        self._write(name, join(parts), model.step)
+        numbers = join(parts).metrics
+        if model.towers.generator is not None:
+            for scale in self.measures.guidance_scales:
+                options = DecodingOptions(guidance_scale=scale)
+                guided = self._captions(f"{name}@{scale:g}", opened, model, options)
+                self._write(f"{name}@{scale:g}", join(guided), model.step)
+        if self.measures.probes is not None:
+            found = self._probes(opened, model, self.measures.probes)
+            self._write(f"{name}@probes", found, model.step)
+            numbers |= found.metrics
+        return numbers
+
+    def test(self, name: str, model: LoadedModel) -> dict[str, float]:
+        """A test of composition; the numbers."""
+        items = dict(self.measures.tests)[name]
+        found = compose(model, name, items, batch_size=self.batch_size)
+        self._write(f"test_{name}", found, model.step)
+        return found.metrics
+
+    def _rows(self, opened: Opened, model: LoadedModel):
+        return evaluation_batches(
+            self.data,
+            opened[1],
+            model.tokenizer,
+            batch_size=self.batch_size,
+            max_examples=self.max_examples,
         )
 
+    def _likelihood(self, opened: Opened, model: LoadedModel) -> Measured:
+        with self._rows(opened, model) as rows:
+            return Measured(evaluate_likelihood(model.model, model.params, rows, self.mesh))
+
+    def _captions(
+        self, name: str, opened: Opened, model: LoadedModel, options: DecodingOptions
+    ) -> dict[str, Measured]:
+        with self._rows(opened, model) as rows:
+            records = caption_split(
+                model.model,
+                model.params,
+                rows,
+                mesh=self.mesh,
+                tokenizer=model.tokenizer,
+                source=opened[1],
+                source_name=opened[0],
+                references=lambda example: reference_texts(example, self.data.captions),
+                step=model.step,
+                options=options,
+            )
+        if jax.process_index() == 0:
+            # Pages show what lies in captions/ itself: a gallery for each split.
+            folder = "captions/guided" if options.is_guided else "captions"
+            (self.root / folder).mkdir(parents=True, exist_ok=True)
+            write_captions(self.root / folder / f"{name}.jsonl", records)
+        measures = self.measures
+        found = {
+            "captions": measure_records(records, tokenizer=measures.tokenizer, java=measures.java)
+        }
+        if measures.judge is not None and records:
+            images = [opened[1][record.index].image for record in records]
+            found["judged"] = judge_captions(measures.judge, records, images)
+        scale = Measured({}, notes={"guidance_scale": options.guidance_scale})
+        return found | {"scale": scale}
+
+    def _retrieval(self, opened: Opened, model: LoadedModel) -> Measured:
+        is_coca = model.towers.coca is not None
+        objective = self.objectives.coca if is_coca else self.objectives.contrastive
+        with self._rows(opened, model) as rows:
+            return Measured(
+                evaluate_retrieval(
+                    model.embedder,
+                    model.params,
+                    rows,
+                    self.mesh,
+                    kind="softmax" if is_coca else self.objectives.contrastive.kind,
+                    max_logit_scale=objective.max_logit_scale,
+                )
+            )
+
+    def _probes(self, opened: Opened, model: LoadedModel, probes: Probes) -> Measured:
+        return represent(
+            model,
+            probes.train,
+            opened,
+            probes.class_names,
+            batch_size=self.batch_size,
+            max_examples=self.max_examples,
+        )
+
+    def _warn(self, name: str, numbers: dict[str, float]) -> None:
+        if jax.process_index() == 0 and (reason := blindness(numbers)):
+            self.say(f"warning: on {name} the captioner {reason}")
+
+    def _write(self, name: str, measured: Measured, step: int) -> None:
+        if jax.process_index() == 0:
+            (self.root / "evaluations").mkdir(parents=True, exist_ok=True)
+            noted = measured._replace(notes={**measured.notes, "step": step})
+            write_measured(self.root / "evaluations" / f"{name}.json", noted)
+
+
+def build_evaluators(plan: Plan, root: epath.Path, say: Callable[[str], None]) -> list[Evaluator]:
+    """One evaluator for each split and test; at the end of the run they take every example."""
+    settings = plan.config.evaluate
+    config = resolved_dict(plan.config)
+
+    def run(of: str, state, step):
+        model = LoadedModel(
+            towers=plan.towers,
+            params=state.params if state.ema is None else state.ema,
+            stored_tokenizer=plan.tokenizer,
+            preprocessing=plan.data.preprocessing,
+            config=config,
+            step=step,
+            mesh=plan.mesh,
+        )
+        evaluation = Evaluation(
+            root,
+            plan.mesh,
+            plan.data,
+            plan.objectives,
+            plan.measures,
+            batch_size=settings.batch_size,
+            max_examples=None if step == plan.total_steps else settings.max_examples,
+            say=say,
+        )
+        if of in plan.splits:
+            return evaluation.split(of, plan.splits[of], model)
+        return evaluation.test(of.removeprefix("test_"), model)
+
     return [
-        Evaluator(name, settings.every_steps, functools.partial(run, name, split))
-        for name, split in plan.splits.items()
+        Evaluator(name, settings.every_steps, functools.partial(run, name))
+        for name in (*plan.splits, *(f"test_{name}" for name, _ in plan.measures.tests))
     ]
 
 
-def evaluate_split(
-    towers: Towers,
-    params: Params,
-    *,
-    mesh: Mesh,
-    data: DataPlan,
-    tokenizer: Tokenizer,
-    split: tuple[str, Source],
-    batch_size: int,
-    max_examples: int | None,
-    step: int,
-    captions_file: epath.Path,
-    objectives: Objectives,
-) -> dict[str, float]:
-    """What can be measured of one split: likelihood and captions, retrieval, or all of it.
-
-    Its captions are written to a file.
-    """
-    name, source = split
-    batches = functools.partial(
-        evaluation_batches,
-        data,
-        source,
-        tokenizer,
-        batch_size=batch_size,
-        max_examples=max_examples,
+def _without(part: Measured, other: Measured | None) -> Measured:
+    """What the other has not measured itself."""
+    taken = other.metrics.keys() if other else ()
+    return part._replace(
+        metrics={name: value for name, value in part.metrics.items() if name not in taken},
+        items={name: value for name, value in part.items.items() if name not in taken},
+        intervals={name: value for name, value in part.intervals.items() if name not in taken},
+        skipped={name: why for name, why in part.skipped.items() if name not in taken},
     )
-    metrics: dict[str, float] = {}
-    if towers.generator is not None:
-        with batches() as rows:
-            metrics |= evaluate_likelihood(towers.generator, params, rows, mesh)
-        with batches() as rows:
-            agreement, records = caption_split(
-                towers.generator,
-                params,
-                rows,
-                mesh=mesh,
-                tokenizer=tokenizer,
-                source=source,
-                source_name=name,
-                references=lambda example: reference_texts(example, data.captions),
-                step=step,
-            )
-        if jax.process_index() == 0:
-            captions_file.parent.mkdir(parents=True, exist_ok=True)
-            write_captions(captions_file, records)
-        metrics |= agreement
-    if towers.embedder is not None:
-        is_coca = towers.coca is not None
-        objective = objectives.coca if is_coca else objectives.contrastive
-        with batches() as rows:
-            metrics |= evaluate_retrieval(
-                towers.embedder,
-                params,
-                rows,
-                mesh,
-                kind="softmax" if is_coca else objectives.contrastive.kind,
-                max_logit_scale=objective.max_logit_scale,
-            )
-    return metrics

@@ -143,7 +143,7 @@ def train_run(plan, workdir) -> None:
             total_steps=plan.total_steps,
             batch_size=config.batch_size,
             start_step=start_step,
-            evaluators=build_evaluators(plan, root / "captions"),
+            evaluators=build_evaluators(plan, root, progress.say),
             save=save,
             save_every_steps=config.checkpoint.every_steps,
             wait_for_saves=checkpointer.wait,

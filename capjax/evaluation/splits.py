@@ -1,7 +1,7 @@
 """What a captioner says of one split: its captions and their agreement with the references."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,8 +14,12 @@ from capjax.data.records import Example
 from capjax.data.sources import Source
 from capjax.data.tokenizer import Tokenizer
 from capjax.decoding.generate import generate
+from capjax.decoding.options import GREEDY, DecodingOptions
 from capjax.dims import Params
 from capjax.evaluation import captions
+from capjax.evaluation.agreement import measure_captions
+from capjax.evaluation.intervals import intervals, mean_of
+from capjax.evaluation.measured import Measured, join
 from capjax.mesh import place_batch
 from capjax.models.captioner import Captioner
 from capjax.models.coca import CoCa
@@ -50,16 +54,17 @@ def caption_split(
     source_name: str,
     references: Callable[[Example], list[str]],
     step: int,
-) -> tuple[dict[str, float], list[CaptionRecord]]:
-    """Greedy captions of every unmasked row of `batches`, and their metrics.
+    options: DecodingOptions = GREEDY,
+) -> list[CaptionRecord]:
+    """Captions of every unmasked row of `batches`, in the order of the rows.
 
     Args:
       batches: this process's rows, as `data.pipeline.eval_batches` yields them.
       references: the reference captions of an example; without any it is not scored.
       step: of the parameters, for the records.
+      options: greedy, or greedy with guidance.
 
-    Returns `caption_metrics` of all rows, and the records in the order of the rows. Every process
-    returns the same.
+    Every process returns the same.
     """
     rows: dict[int, tuple[str, float, int]] = {}
     for batch in batches:
@@ -69,6 +74,7 @@ def caption_split(
                 model,
                 params,
                 placed["image"],
+                options,
                 index_B=placed["index"],
                 mask_B=placed["mask"],
             )
@@ -95,18 +101,43 @@ def caption_split(
                 unigram_f1=captions.unigram_f1([text], [known]) if known else 0.0,
                 logprob=logprob,
                 num_tokens=num_tokens,
-                guidance_scale=1.0,
+                guidance_scale=options.guidance_scales[0],
                 seed=0,
                 step=step,
             )
         )
-    scored = [record for record in records if record.references]
+    return records
+
+
+def measure_records(
+    records: Sequence[CaptionRecord], *, tokenizer: str = "treebank", java: bool | None = False
+) -> Measured:
+    """All of `measure_captions`, and exact matches and word F1, of the captions with references.
+
+    Where none has any: their length and vocabulary. Nothing of no records.
+    """
+    scored = [record for record in records if record.references] or list(records)
     if not scored:
-        return {}, records
-    metrics = captions.caption_metrics(
-        [record.caption for record in scored], [record.references for record in scored]
-    )
-    return metrics, records
+        return Measured({}, skipped={"captions": "no captions"})
+    texts = [record.caption for record in scored]
+    known = [record.references for record in scored] if scored[0].references else None
+    keys = [record.key for record in scored]
+    if len(set(keys)) < len(keys):  # a source of several may repeat them
+        keys = [f"{record.key}#{record.index}" for record in scored]
+    parts = {"agreement": measure_captions(texts, known, keys, tokenizer=tokenizer, java=java)}
+    parts["distinct"] = Measured({"distinct_ratio": captions.distinct_ratio(texts)})
+    if known is not None:
+        items = {
+            "exact_match": captions.exact_match_items(texts, known).astype(np.float64),
+            "unigram_f1": captions.unigram_f1_items(texts, known),
+        }
+        parts["match"] = Measured(
+            metrics={name: float(values.mean()) for name, values in items.items()},
+            items=items,
+            keys=tuple(keys),
+            intervals=intervals({name: mean_of(values) for name, values in items.items()}),
+        )
+    return join(parts)
 
 
 def write_captions(path: epath.PathLike, records: Iterable[CaptionRecord]) -> None:

@@ -19,6 +19,7 @@ OBJECTIVES = ("cap", "cappa", "icmlm", "clip", "siglip", "coca", "siglip_cappa")
 PAPER = [name for name in settings.shipped_configs() if not name.startswith("emoji")]
 CONFIGS = [
     "emoji_quickstart",
+    "emoji_cappa",
     "emoji_guided",
     *(f"emoji_objectives:{objective}" for objective in OBJECTIVES),
     *PAPER,

@@ -14,6 +14,7 @@ a second in wall time and CPU time, and the ratio to greedy's.
 """
 
 import argparse
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -38,10 +39,13 @@ def main() -> None:
     args = parser.parse_args()
 
     loaded, source = load(args.checkpoint), open_source(args.source)
-    model, params = loaded.model, loaded.params
-    count = min(args.num_images, len(source))
-    rows = np.linspace(0, len(source) - 1, count).astype(int)
-    images = jnp.stack([loaded.pixels(source[int(row)].image) for row in rows])
+    model, params = loaded.towers.captioner, loaded.params
+    if model is None or model.config.mask_token is False:
+        raise SystemExit(f"--checkpoint={args.checkpoint}: expected a captioner with a mask token")
+    rows = np.linspace(0, len(source) - 1, min(args.num_images, len(source))).astype(int)
+    pixels = [loaded.pixels(source[int(row)].image) for row in rows]
+    images = jnp.stack([image for image in pixels if isinstance(image, np.ndarray)])
+    count = len(images)
     memory_BPD = jax.jit(model.encode)(params, images)
 
     asked = {"greedy": DecodingOptions(), "slots": DecodingOptions(num_slots=args.slots)}
@@ -49,10 +53,11 @@ def main() -> None:
         asked[f"draft {length}"] = DecodingOptions(draft_length=length)
         asked[f"draft {length}, slots"] = DecodingOptions(draft_length=length, num_slots=args.slots)
 
-    def run(options: DecodingOptions):
-        return lambda: jax.block_until_ready(generate(model, params, memory_BPD, options))
-
-    calls = {name: run(options) for name, options in asked.items()}
+    write = functools.partial(generate, model, params, memory_BPD)
+    calls = {
+        name: functools.partial(lambda options: jax.block_until_ready(write(options)), options)
+        for name, options in asked.items()
+    }
     expected = np.asarray(calls["greedy"]().tokens_BSL)
     lengths = (expected[:, 0] != 0).sum(1)
     print(f"{count} images of {args.source}: {lengths.mean():.2f} tokens, at most {lengths.max()}")

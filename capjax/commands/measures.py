@@ -1,0 +1,87 @@
+"""What is measured beside likelihood, captions and retrieval: opened before any work starts."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from capjax.commands.compose import open_test
+from capjax.commands.represent import ClassNames, Opened, label_names
+from capjax.data.compositional import Item
+from capjax.data.sources import open_source
+from capjax.decoding.load import load
+from capjax.decoding.loaded_model import LoadedModel
+from capjax.errors import UserError
+
+# The fields of the section `evaluate` that are read here.
+MEASURES = ("probes", "probe_source", "labels", "composition", "judge", "guidance_scales")
+
+
+class Probes(NamedTuple):
+    """k-NN, linear probe, few-shot and zero-shot: what they learn from, and the labels' names."""
+
+    train: Opened
+    class_names: ClassNames
+
+
+class Measures(NamedTuple):
+    """What is asked for.
+
+    probes: None for none.
+    tests: of composition, by name.
+    judge: two towers that had no part in making the captions; None for none.
+    guidance_scales: with which the captions are made once more.
+    tokenizer, java: of the captions' agreement with references (`agreement.measure_captions`).
+    """
+
+    probes: Probes | None = None
+    tests: tuple[tuple[str, list[Item]], ...] = ()
+    judge: LoadedModel | None = None
+    guidance_scales: tuple[float, ...] = ()
+    tokenizer: str = "treebank"
+    java: bool | None = False
+
+
+def open_measures(
+    *,
+    probes: bool = False,
+    probe_source: str = "",
+    labels: str = "",
+    composition: Sequence[str] = (),
+    judge: str = "",
+    guidance_scales: Sequence[float] = (),
+    tokenizer: str = "treebank",
+    java: bool | None = False,
+) -> Measures:
+    """Opens what the fields of the section `evaluate` name.
+
+    Args:
+      probe_source: what probes learn from; labels: the file of their names (`label_names`).
+      composition: tests, each NAME or NAME=FILE or NAME=FILE,IMAGES (`compose.open_test`).
+      judge: a workdir or checkpoint with towers.
+
+    Raises `UserError` for what is not there.
+    """
+    if probes and not probe_source:
+        raise UserError("evaluate.probe_source is empty: name what the probes learn from")
+    return Measures(
+        probes=Probes((probe_source, open_source(probe_source)), label_names(probe_source, labels))
+        if probes
+        else None,
+        tests=tuple(_test(text) for text in composition),
+        judge=_judge(judge) if judge else None,
+        guidance_scales=tuple(scale for scale in guidance_scales if scale != 1),
+        tokenizer=tokenizer,
+        java=java,
+    )
+
+
+def _test(text: str) -> tuple[str, list[Item]]:
+    name, _, places = text.partition("=")
+    path, _, images = places.partition(",")
+    return name, open_test(name, path, images)
+
+
+def _judge(path: str) -> LoadedModel:
+    judge = load(path)
+    if judge.towers.embedder is None:
+        raise UserError(f"evaluate.judge={path}: it has no contrastive towers; name CLIP or SigLIP")
+    return judge
