@@ -1,6 +1,10 @@
-"""CapPa on the embedded emoji corpus, trained long: three quarters of an hour on two CPU cores.
+"""CapPa on the embedded emoji corpus, four times as long as the quickstart.
 
 capjax train --config=emoji_cappa --workdir=runs/cappa
+
+79 minutes on two CPU cores that other work shared. One run of seed 0, exact match of greedy
+captions: composition 78.1 % (F1 .973), val 61.9 %, style 31.6 %. Its parallel mode drafts captions
+for its causal one: see docs/performance.md, "Decoding".
 """
 
 from ml_collections import ConfigDict

@@ -205,8 +205,8 @@ def default_config() -> ConfigDict:
     # During training `max_examples` of each split are used; at the end all of them. Beside
     # likelihood, captions and retrieval: `probes` on frozen features, which learn from
     # `probe_source` ("": `data.source`) and whose classes a file of `labels` names; tests of
-    # `composition` (NAME or NAME=FILE,IMAGES); a `judge` of the captions, a checkpoint of towers;
-    # and captions with other `guidance_scales`.
+    # `composition` (NAME or NAME=FILE;IMAGES); a `judge` of the captions, a checkpoint of towers;
+    # captions with other `guidance_scales`; and a `lexicon` of what captions may hallucinate.
     config.evaluate = ConfigDict(
         {
             "every_steps": 1000,
@@ -219,6 +219,7 @@ def default_config() -> ConfigDict:
             "composition": (),
             "judge": "",
             "guidance_scales": (),
+            "lexicon": "",
         }
     )
     config.profile = ConfigDict({"start_step": 0, "num_steps": 0})

@@ -9,7 +9,7 @@ GOES_WITH = {
     "workdir": (
         *("step", "split", "batch_size", "max_examples"),
         *("probes", "probe_source", "labels", "composition", "judge", "guidance_scales"),
-        "attention",
+        *("lexicon", "attention"),
     ),
     "captions": ("references", "output"),
     "compare": ("references", "csv", "latex"),
@@ -80,7 +80,7 @@ def _add_measures(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--composition",
         action="append",
-        metavar="NAME[=FILE[,IMAGES]]",
+        metavar="NAME[=FILE[;IMAGES]]",
         help="a test of composition: emoji (built from the embedded corpus), winoground, "
         "sugarcrepe, ...; may be repeated",
     )
@@ -92,6 +92,11 @@ def _add_measures(group: argparse._ArgumentGroup) -> None:
         type=_scales,
         metavar="X[,X...]",
         help="caption with these too (1.5,2), for trade-offs",
+    )
+    group.add_argument(
+        "--lexicon",
+        metavar="FILE",
+        help="what captions mention that no reference does, of the things in this file (or emoji)",
     )
     group.add_argument(
         "--attention",

@@ -125,7 +125,12 @@ class Evaluation:
             write_captions(self.root / folder / f"{name}.jsonl", records)
         measures = self.measures
         found = {
-            "captions": measure_records(records, tokenizer=measures.tokenizer, java=measures.java)
+            "captions": measure_records(
+                records,
+                tokenizer=measures.tokenizer,
+                java=measures.java,
+                lexicon=measures.lexicon,
+            )
         }
         if measures.judge is not None and records:
             images = [opened[1][record.index].image for record in records]

@@ -6,13 +6,19 @@ from typing import NamedTuple
 from capjax.commands.compose import open_test
 from capjax.commands.represent import ClassNames, Opened, label_names
 from capjax.data.compositional import Item
-from capjax.data.sources import open_source
+from capjax.data.sources import EMOJI_DIRECTORY, open_source
 from capjax.decoding.load import load
 from capjax.decoding.loaded_model import LoadedModel
 from capjax.errors import UserError
+from capjax.evaluation.lexicon import Lexicon, read_lexicon
 
 # The fields of the section `evaluate` that are read here.
-MEASURES = ("probes", "probe_source", "labels", "composition", "judge", "guidance_scales")
+MEASURES = (
+    *("probes", "probe_source", "labels", "composition", "judge", "guidance_scales"),
+    "lexicon",
+)
+
+EMOJI_LEXICON = EMOJI_DIRECTORY / "lexicon.txt"
 
 
 class Probes(NamedTuple):
@@ -29,6 +35,7 @@ class Measures(NamedTuple):
     tests: of composition, by name.
     judge: two towers that had no part in making the captions; None for none.
     guidance_scales: with which the captions are made once more.
+    lexicon: of what captions may mention and references support; None for none.
     tokenizer, java: of the captions' agreement with references (`agreement.measure_captions`).
     """
 
@@ -36,6 +43,7 @@ class Measures(NamedTuple):
     tests: tuple[tuple[str, list[Item]], ...] = ()
     judge: LoadedModel | None = None
     guidance_scales: tuple[float, ...] = ()
+    lexicon: Lexicon | None = None
     tokenizer: str = "treebank"
     java: bool | None = False
 
@@ -48,6 +56,7 @@ def open_measures(
     composition: Sequence[str] = (),
     judge: str = "",
     guidance_scales: Sequence[float] = (),
+    lexicon: str = "",
     tokenizer: str = "treebank",
     java: bool | None = False,
 ) -> Measures:
@@ -55,8 +64,9 @@ def open_measures(
 
     Args:
       probe_source: what probes learn from; labels: the file of their names (`label_names`).
-      composition: tests, each NAME or NAME=FILE or NAME=FILE,IMAGES (`compose.open_test`).
+      composition: tests, each NAME or NAME=FILE or NAME=FILE;IMAGES (`compose.open_test`).
       judge: a workdir or checkpoint with towers.
+      lexicon: a file (`read_lexicon`), or "emoji" for that of the embedded corpus.
 
     Raises `UserError` for what is not there.
     """
@@ -69,6 +79,7 @@ def open_measures(
         tests=tuple(_test(text) for text in composition),
         judge=_judge(judge) if judge else None,
         guidance_scales=tuple(scale for scale in guidance_scales if scale != 1),
+        lexicon=read_lexicon(EMOJI_LEXICON if lexicon == "emoji" else lexicon) if lexicon else None,
         tokenizer=tokenizer,
         java=java,
     )
@@ -76,7 +87,7 @@ def open_measures(
 
 def _test(text: str) -> tuple[str, list[Item]]:
     name, _, places = text.partition("=")
-    path, _, images = places.partition(",")
+    path, _, images = places.partition(";")
     return name, open_test(name, path, images)
 
 

@@ -24,6 +24,7 @@ from capjax.models.text_decoder import pad_to_lanes
 
 __all__ = ["FINISH_REASONS", "Generated", "LanguageGuidance", "LanguageModel", "generate"]
 
+NOT_BY_ROWS = "draft_length and num_slots take no prefix, contrast or language model"
 METHODS = {"greedy": single, "sample": single, "beam": beam, "contrastive": contrastive}
 
 
@@ -154,7 +155,7 @@ def generate(
     mask_B = jnp.ones(batch, bool) if mask_B is None else mask_B
     if options.is_by_rows and isinstance(model, Captioner):  # which `check_options` saw to
         if forced_BL is not None or contrast is not None or language is not None:
-            raise UserError("draft_length and num_slots take no prefix, contrast or language model")
+            raise UserError(NOT_BY_ROWS)
         written = speculative.write_by_rows(
             model, params, inputs, index_B, mask_B, key, max_length, options
         )

@@ -13,6 +13,7 @@ from capjax.data.decode import ImageError
 from capjax.data.tokenizer import PAD_ID
 from capjax.decoding.generate import (
     FINISH_REASONS,
+    NOT_BY_ROWS,
     Generated,
     LanguageGuidance,
     check_options,
@@ -49,6 +50,8 @@ class CaptionStream:
         check_options(self.captioner.model, self.options)
         if self.batch_size < 1:
             raise UserError(f"batch_size={self.batch_size}: expected at least 1")
+        if self.options.is_by_rows and not (self.prefix is self.contrast is self.language is None):
+            raise UserError(NOT_BY_ROWS)
         if not 0 <= self.seed <= MAX_SEED:
             raise UserError(f"seed={self.seed}: expected 0 to {MAX_SEED}")
         if self.prefix and (count := len(self.captioner.token_ids(self.prefix))) >= self.max_length:

@@ -18,7 +18,9 @@ from capjax.decoding.options import GREEDY, DecodingOptions
 from capjax.dims import Params
 from capjax.evaluation import captions
 from capjax.evaluation.agreement import measure_captions
+from capjax.evaluation.hallucination import measure_hallucination
 from capjax.evaluation.intervals import intervals, mean_of
+from capjax.evaluation.lexicon import Lexicon
 from capjax.evaluation.measured import Measured, join
 from capjax.mesh import place_batch
 from capjax.models.captioner import Captioner
@@ -110,11 +112,16 @@ def caption_split(
 
 
 def measure_records(
-    records: Sequence[CaptionRecord], *, tokenizer: str = "treebank", java: bool | None = False
+    records: Sequence[CaptionRecord],
+    *,
+    tokenizer: str = "treebank",
+    java: bool | None = False,
+    lexicon: Lexicon | None = None,
 ) -> Measured:
     """All of `measure_captions`, and exact matches and word F1, of the captions with references.
 
-    Where none has any: their length and vocabulary. Nothing of no records.
+    With a lexicon also what they mention that no reference does (`measure_hallucination`). Where
+    none has any: their length and vocabulary. Nothing of no records.
     """
     scored = [record for record in records if record.references] or list(records)
     if not scored:
@@ -137,6 +144,8 @@ def measure_records(
             keys=tuple(keys),
             intervals=intervals({name: mean_of(values) for name, values in items.items()}),
         )
+        if lexicon is not None:
+            parts["mentions"] = measure_hallucination(texts, known, lexicon, keys=keys)
     return join(parts)
 
 

@@ -60,7 +60,7 @@ def result_tables(runs: Sequence[Run]) -> list[Table]:
     """
     if len(runs) == 1:
         cells = {split: _cells(runs[0], split) for split in splits_of(runs)}
-        groups = _alike(cells)
+        groups = sorted(_alike(cells), key=len, reverse=True)
         tables = [
             _table(
                 "all splits" if len(groups) == 1 else ", ".join(group),

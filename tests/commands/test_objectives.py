@@ -64,12 +64,20 @@ def evaluate_everything(workdir, measured):
     """A run that has captions and towers, which here judge themselves."""
     asked = ("--probes", "--composition=emoji_pairs", f"--judge={workdir}", "--attention=4")
     asked += ("--guidance_scales=1,2", "--max_examples=48", "--tokenizer=treebank")
+    asked += ("--lexicon=emoji",)
     said = finish(start("evaluate", f"--workdir={workdir}", *asked))
     files = {path.stem: read_measured(path) for path in (workdir / "evaluations").glob("*.json")}
     assert files.keys() == {"concept", "concept@2", "concept@probes", "test_emoji_pairs"}
     plain, guided = files["concept"], files["concept@2"]
     assert (plain.notes["guidance_scale"], guided.notes["guidance_scale"]) == (1, 2)
-    shared = {"cider_d", "exact_match", "clip_score", "caption_to_image_r1"}
+    shared = {
+        "chair_s",
+        "mention_recall",
+        "cider_d",
+        "exact_match",
+        "clip_score",
+        "caption_to_image_r1",
+    }
     assert shared <= guided.metrics.keys() and shared <= plain.metrics.keys()
     assert len(guided.keys) == len(guided.items["cider_d"]) == 48
     own = {name.rpartition("/")[2] for name in measured}
