@@ -22,7 +22,7 @@ from capjax.objectives.metrics import Mean, masked_mean
 def evaluate_likelihood(
     model: Captioner | CoCa, params: Params, batches: Iterable[dict[str, np.ndarray]], mesh: Mesh
 ) -> dict[str, float]:
-    """Losses in nats over every row of `batches` whose `mask` holds.
+    """Losses in nats over every row of `batches` whose `mask` holds and that has a caption.
 
     Args:
       batches: this process's rows of each global batch: `image`, `tokens`, `mask`.
@@ -36,7 +36,7 @@ def evaluate_likelihood(
       shuffled_images_loss: `loss`, each caption given the image of another row of its batch. A
         model that ignores the image has it equal to `loss`. It alone depends on the batches.
 
-    Raises `UserError` where there is no row at all.
+    Raises `UserError` where there is no captioned row at all.
     """
     read, late = [], None
     with jax.set_mesh(mesh):
@@ -64,9 +64,11 @@ def _exp(x: float) -> float:
 
 
 def _prepare(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The rows to place. Without tokens a row counts nowhere, so padding rows lose theirs."""
-    tokens_BL = np.where(batch["mask"][:, None], batch["tokens"], PAD_ID)
-    rows = np.flatnonzero(batch["mask"])
+    """The rows to place. Without tokens a row counts nowhere: so with those that have no caption."""
+    tokens_BL = batch["tokens"]
+    is_caption_B = batch["mask"] & ((tokens_BL != PAD_ID).sum(1) > 1)  # an end alone is none
+    tokens_BL = np.where(is_caption_B[:, None], tokens_BL, PAD_ID)
+    rows = np.flatnonzero(is_caption_B)
     others_BL = np.full_like(tokens_BL, PAD_ID)
     if len(rows) > 1:  # a random cycle through the rows: none meets its own image
         cycle = np.random.default_rng(0).permutation(rows)

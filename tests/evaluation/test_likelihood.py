@@ -16,6 +16,7 @@ from capjax.models.captioner import Captioner, CaptionerConfig
 from capjax.objectives.captioning import decoder_inputs
 
 NUM_ROWS, LENGTH, VOCAB_SIZE = 11, 5, 40
+END_ALONE = np.array([[1, 0, 0, 0, 0]], np.int32)
 MODEL = Captioner(
     CaptionerConfig(
         image_size=8,
@@ -43,7 +44,7 @@ def params():
 @functools.cache
 def rows():
     rng = np.random.default_rng(0)
-    lengths_B = 1 + np.arange(NUM_ROWS) % LENGTH
+    lengths_B = 2 + np.arange(NUM_ROWS) % (LENGTH - 1)
     tokens_BL = rng.integers(1, VOCAB_SIZE, (NUM_ROWS, LENGTH), np.int32)
     return {
         "image": rng.integers(0, 256, (NUM_ROWS, 8, 8, 3), np.uint8),
@@ -126,6 +127,17 @@ def test_shuffled_captions_are_of_other_real_rows():
     assert not alone["others"].any() and alone["tokens"].any()
 
 
+def test_an_image_without_caption_counts_nowhere():
+    """It is the same as no row at all, also for which captions are given whose images."""
+    batch = next(batches(8))
+    without = np.arange(8) % 3 == 1
+    some = batch | {"tokens": np.where(without[:, None], END_ALONE, batch["tokens"])}
+    captioned = evaluate_likelihood(MODEL, params(), [batch | {"mask": ~without}], ONE)
+    found = evaluate_likelihood(MODEL, params(), [some], ONE)
+    assert found == captioned
+    assert not _prepare(some)["others"][without].any()
+
+
 def test_many_batches_and_calls_compile_once(caplog):
     mesh = make_mesh(MeshShape(), devices=jax.devices()[1:2])
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
@@ -136,7 +148,8 @@ def test_many_batches_and_calls_compile_once(caplog):
 
 def test_no_rows_is_an_error():
     masked = [batch | {"mask": np.zeros(8, bool)} for batch in batches(8)]
-    for nothing in ([], masked):
+    uncaptioned = [batch | {"tokens": np.tile(END_ALONE, (8, 1))} for batch in batches(8)]
+    for nothing in ([], masked, uncaptioned):
         with pytest.raises(UserError, match="expected captioned examples, found none"):
             evaluate_likelihood(MODEL, params(), nothing, ONE)
 
