@@ -64,7 +64,7 @@ def _exp(x: float) -> float:
 
 
 def _prepare(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The rows to place. Without tokens a row counts nowhere: so with those that have no caption."""
+    """The rows to place. Without tokens a row counts nowhere, as those without caption shall."""
     tokens_BL = batch["tokens"]
     is_caption_B = batch["mask"] & ((tokens_BL != PAD_ID).sum(1) > 1)  # an end alone is none
     tokens_BL = np.where(is_caption_B[:, None], tokens_BL, PAD_ID)
