@@ -10,7 +10,7 @@ Queries are split over the devices, targets pass by a block at a time: no device
 `QUERIES` rows of its own, `TARGETS` rows and one tile of `TILE` x `TARGETS` similarities.
 
 Letters: N queries, M targets, D width, K values a query, E pairs; Q queries and C targets of a
-block, R queries of a tile; G groups, I queries and J targets of a group.
+block, R queries of a tile or rows of bounds; G groups, I queries and J targets of a group.
 """
 
 import functools
@@ -32,6 +32,7 @@ from capjax.mesh import AXES
 QUERIES = 16384  # of a device at a time
 TARGETS = 8192  # that pass by at a time
 TILE = 512  # queries compared with them at a time
+WIDTH = 4  # times the mean number of pairs: those that a query's row holds
 PRECISION = 24  # bits of a coordinate, the longest row being 1
 SLACK = 1 + 2**-16  # by which a row may be longer than 1: the rounding of its division
 EXACT = 2**24  # the whole numbers that a float32 holds
@@ -59,22 +60,74 @@ def rank_pairs(
     """Ranks the pairs (query_E[e], target_E[e]), all that belong together, each once.
 
     A query may have any number of targets and a target of queries. Every process gives the same
-    arrays and gets the same result. Raises `UserError` for embeddings that are not finite.
+    arrays and gets the same result. Memory and time grow with the rows and with the pairs. Raises
+    `UserError` for embeddings that are not finite.
     """
     own_E = pair_similarities(queries_ND, targets_MD, query_E, target_E)
-    order_E = np.argsort(query_E, kind="stable")
+    found_E2 = _count_above_pairs(queries_ND, targets_MD, query_E, own_E, mesh)
+    return Ranking(*(found_E2 - _own_above_pairs(query_E, own_E)).T)
+
+
+def rank_best_pairs(
+    queries_ND: np.ndarray,
+    targets_MD: np.ndarray,
+    query_E: np.ndarray,
+    target_E: np.ndarray,
+    mesh: Mesh | None = None,
+) -> Ranking:
+    """`rank_pairs` of the most similar pair of each query alone, [N] in the order of queries.
+
+    That is all that recall needs. Every query is in one pair at least.
+    """
+    own_E = pair_similarities(queries_ND, targets_MD, query_E, target_E)
+    order_E = np.lexsort((-own_E, query_E))
+    best_N = order_E[np.diff(query_E[order_E], prepend=-1) != 0]
+    found_N2 = _count_above_pairs(queries_ND, targets_MD, query_E[best_N], own_E[best_N], mesh)
+    return Ranking(*(found_N2 - _own_above_pairs(query_E, own_E)[best_N]).T)
+
+
+def _count_above_pairs(queries_ND, targets_MD, query_E, own_E, mesh: Mesh | None) -> np.ndarray:
+    """int64 [E, 2]: how many targets are at least as similar to the query as the pair, and more.
+
+    A query that has many more pairs than others is compared in several rows, so that the bounds of
+    all are a matrix of few empty places.
+    """
     counts_N = np.bincount(query_E, minlength=len(queries_ND))
-    column_E = np.empty(len(query_E), np.int64)  # of the pair among those of its query
-    column_E[order_E] = np.arange(len(query_E)) - np.repeat(
+    width = int(min(counts_N.max(), WIDTH * -(-len(query_E) // len(queries_ND))))
+    rows_N = np.maximum(1, -(-counts_N // width))
+    order_E = np.argsort(query_E, kind="stable")
+    number_E = np.empty(len(query_E), np.int64)  # of the pair among those of its query
+    number_E[order_E] = np.arange(len(query_E)) - np.repeat(
         np.cumsum(counts_N) - counts_N, counts_N
     )
-    own_NK = np.full((len(queries_ND), counts_N.max()), -np.inf, np.float32)
-    own_NK[query_E, column_E] = own_E
-    bounds_NK = np.concatenate([own_NK, np.nextafter(own_NK, np.float32(np.inf))], 1)
-    found_NK = count_at_least(queries_ND, targets_MD, bounds_NK, mesh)
-    for column_K in own_NK.T:  # those that belong to the query do not stand in its way
-        found_NK -= column_K[:, None] >= bounds_NK
-    return Ranking(found_NK[query_E, column_E], found_NK[query_E, own_NK.shape[1] + column_E])
+    row_E = (np.cumsum(rows_N) - rows_N)[query_E] + number_E // width
+    bounds_RK2 = np.full((rows_N.sum(), width, 2), np.inf, np.float32)
+    bounds_RK2[row_E, number_E % width] = np.stack([own_E, _next_above(own_E)], 1)
+    if (rows_N > 1).any():
+        queries_ND = np.repeat(queries_ND, rows_N, 0)
+    found_RK = count_at_least(queries_ND, targets_MD, bounds_RK2.reshape(-1, 2 * width), mesh)
+    return found_RK.reshape(bounds_RK2.shape)[row_E, number_E % width]
+
+
+def _own_above_pairs(query_E: np.ndarray, own_E: np.ndarray) -> np.ndarray:
+    """int64 [E, 2]: how many of its query's pairs are at least as similar as the pair, and more."""
+    order_E = np.lexsort((-own_E, query_E))
+    query_E, own_E = query_E[order_E], own_E[order_E]
+    is_new_query_E = np.diff(query_E, prepend=-1) != 0
+    is_first_E = is_new_query_E | (np.diff(own_E, prepend=np.nan) != 0)  # of equals
+    place_E = np.arange(len(query_E))
+    start_E = np.maximum.accumulate(np.where(is_new_query_E, place_E, 0))
+    firsts = np.append(np.flatnonzero(is_first_E), len(query_E))
+    run_E = np.cumsum(is_first_E)
+    counts_E2 = np.empty((len(query_E), 2), np.int64)
+    counts_E2[order_E] = np.stack([firsts[run_E] - start_E, firsts[run_E - 1] - start_E], 1)
+    return counts_E2
+
+
+def _next_above(x: np.ndarray) -> np.ndarray:
+    """The next float32 that devices tell from `x`: they take those below the normal ones for 0."""
+    above, tiny = np.nextafter(x, np.float32(np.inf)), np.finfo(np.float32).tiny
+    return np.where(np.abs(above) < tiny, np.where(x < 0, np.float32(0), tiny), above)
 
 
 def count_at_least(
@@ -324,4 +377,7 @@ def _place(mesh: Mesh | None, spec: P, x: np.ndarray) -> Array:
 
 
 def _to_host(x: Array) -> np.ndarray:
+    """The whole of it: of a mesh of several processes each has a part, else all is here."""
+    if x.is_fully_addressable:
+        return np.asarray(x)
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))

@@ -15,7 +15,7 @@ from capjax.data.tokenizer import PAD_ID
 from capjax.dims import Array, Params
 from capjax.errors import UserError
 from capjax.evaluation.measured import Measured
-from capjax.evaluation.ranking import nearest, rank_pairs
+from capjax.evaluation.ranking import nearest, rank_best_pairs, rank_pairs
 from capjax.mesh import place_batch
 from capjax.models.coca import CoCa
 from capjax.models.two_towers import TwoTowers
@@ -91,8 +91,8 @@ def ranks(
     """
     image_N = np.arange(len(image_ND))
     images = rank_pairs(image_ND, text_MD, image_N, caption_N, mesh)
-    texts = rank_pairs(text_MD, image_ND, caption_N, image_N, mesh)
-    return 1 + images.better_E, 1 + _least(texts.better_E, caption_N, len(text_MD))
+    texts = rank_best_pairs(text_MD, image_ND, caption_N, image_N, mesh)
+    return 1 + images.better_E, 1 + texts.better_E
 
 
 def measure_retrieval(

@@ -13,6 +13,7 @@ from capjax.evaluation.ranking import (
     group_similarities,
     nearest,
     pair_similarities,
+    rank_best_pairs,
     rank_pairs,
 )
 from capjax.mesh import AXES, MeshShape, make_mesh
@@ -67,6 +68,44 @@ def test_ranks_whatever_the_blocks_and_the_devices(blocks):
         found = rank_pairs(queries, targets, query, target, mesh)
         np.testing.assert_array_equal(found.better_E, expected[0])
         np.testing.assert_array_equal(found.strictly_E, expected[1])
+
+
+def test_a_target_of_many_queries_and_ties(monkeypatch):
+    """One query with half of the targets: the ranks are right, and bounds as few as pairs."""
+    rng, sizes = np.random.default_rng(2), []
+    queries = rng.choice([-1.0, 0.0, 1.0], (20, 3)).astype(np.float32)  # many ties, also at 0
+    targets = rng.choice([-1.0, 0.0, 1.0], (80, 3)).astype(np.float32)
+    query = rng.permutation(np.r_[np.arange(20), np.zeros(60, int)])
+    target = rng.permutation(80)
+    count = ranking.count_at_least
+    monkeypatch.setattr(
+        ranking,
+        "count_at_least",
+        lambda queries, targets, bounds, mesh: (
+            sizes.append(bounds.size) or count(queries, targets, bounds, mesh)
+        ),
+    )
+    expected = np.array(by_hand(queries @ targets.T, query, target))
+    for mesh in MESHES[::2]:
+        np.testing.assert_array_equal(rank_pairs(queries, targets, query, target, mesh), expected)
+        best = rank_best_pairs(queries, targets, query, target, mesh)
+        least = [[found[query == q].min() for q in range(20)] for found in expected]
+        np.testing.assert_array_equal(best, least)
+    assert max(sizes) < 20 * 60 and min(sizes) == 2 * 20  # not queries times pairs of one
+
+
+def test_processes_rank_what_each_has_alone(monkeypatch):
+    """Without a mesh nothing is gathered: several processes would put copies side by side."""
+    gathered = lambda x, tiled: np.concatenate([np.asarray(x)] * 2)  # noqa: E731
+    monkeypatch.setattr(ranking.multihost_utils, "process_allgather", gathered)
+    monkeypatch.setattr(ranking, "QUERIES", 8)
+    queries, targets, query, target = rows()
+    similarity = group_similarities(queries[None], targets[None])[0]
+    for mesh in MESHES[:2]:
+        found = rank_pairs(queries, targets, query, target, mesh)
+        np.testing.assert_array_equal(found, by_hand(similarity, query, target))
+        index = nearest(queries, targets, 1, mesh)[1][:, 0]
+        np.testing.assert_array_equal(index, similarity.argmax(1))
 
 
 def test_nearest_whatever_the_blocks_and_the_devices(blocks):
