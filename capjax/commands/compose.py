@@ -8,14 +8,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from capjax.data.captions import clean_text
-from capjax.data.compositional import Item, read_items, read_picture
+from capjax.data.compositional import READERS, Item, read_items, read_picture
 from capjax.data.decode import ImageError
 from capjax.data.sources import Source, open_source
 from capjax.data.swaps import SPLITS, swap_items, swap_pairs
 from capjax.data.tokenizer import PAD_ID
 from capjax.decoding.inputs import read_ahead
 from capjax.decoding.loaded_model import LoadedModel
-from capjax.errors import UserError
+from capjax.errors import UserError, did_you_mean
 from capjax.evaluation.compositional import measure_items, score_rows, score_without_image
 from capjax.evaluation.every_row import map_rows
 from capjax.evaluation.measured import Measured
@@ -31,8 +31,18 @@ def open_test(name: str, path: str = "", images: str = "") -> list[Item]:
     the source `path`. The others are `data.compositional.READERS`, of a file `path` and a directory
     of `images`. Raises `UserError` where there is no such test, or nothing of it in the source.
     """
+    names = (*BUILT, *READERS)
+    if name not in names:
+        raise UserError(
+            f"no test {name!r}: expected one of {', '.join(names)}{did_you_mean(name, names)}"
+        )
     if name not in BUILT:
-        return read_items(name, path, images)
+        items = read_items(name, path, images)
+        try:
+            read_picture(items[0].images[0])  # now, not when a run has come to its evaluation
+        except (IndexError, ImageError) as error:
+            raise UserError(f"{name}: no image {path} speaks of in {images!r}: {error}") from error
+        return items
     sources = [path] if path else [f"emoji:{split}" for split in SPLITS]
     items = [item for source in sources for item in BUILT[name](_examples(open_source(source)))]
     if not items:

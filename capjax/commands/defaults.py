@@ -215,9 +215,11 @@ def default_config() -> ConfigDict:
             "splits": {},
             "probes": False,
             "probe_source": "",
+            "probe_examples": 50_000,
             "labels": "",
             "composition": (),
             "judge": "",
+            "judge_prompt": "A photo depicts ",
             "guidance_scales": (),
             "lexicon": "",
         }

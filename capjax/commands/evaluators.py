@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from etils import epath
@@ -17,11 +18,13 @@ from capjax.data.captions import reference_texts
 from capjax.data.sources import Source
 from capjax.decoding.loaded_model import LoadedModel
 from capjax.decoding.options import GREEDY, DecodingOptions
+from capjax.errors import UserError
 from capjax.evaluation.blindness import blindness
+from capjax.evaluation.captions import distinct_ratio
 from capjax.evaluation.likelihood import evaluate_likelihood
 from capjax.evaluation.measured import Measured, join, write_measured
 from capjax.evaluation.retrieval import evaluate_retrieval
-from capjax.evaluation.splits import caption_split, measure_records, write_captions
+from capjax.evaluation.splits import CaptionRecord, caption_split, measure_records, write_captions
 from capjax.objectives.combined import Objectives
 from capjax.training.loop import Evaluator
 
@@ -34,7 +37,7 @@ class Evaluation:
     `root` is the workdir: captions go to captions/<split>.jsonl, all that was measured to
     evaluations/<split>.json, probes to <split>@probes.json, captions with guidance to
     <split>@<scale>.json, a test of composition to test_<name>.json. `say` is told of a captioner
-    that ignores its images.
+    that ignores its images, and of what cannot be measured. `features`: where the probes' are kept.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Evaluation:
         batch_size: int,
         max_examples: int | None,
         say: Callable[[str], None],
+        features: epath.Path | None = None,
     ) -> None:
         self.root = root
         self.mesh = mesh
@@ -57,37 +61,55 @@ class Evaluation:
         self.batch_size = batch_size
         self.max_examples = max_examples
         self.say = say
+        self.features = features
 
     def split(self, name: str, opened: Opened, model: LoadedModel) -> dict[str, float]:
-        """All that can be measured of one split; the numbers. `model` lies on the mesh."""
+        """All that can be measured of one split; the numbers. `model` lies on the mesh.
+
+        What cannot be is said and noted, and holds up nothing else.
+        """
         parts: dict[str, Measured] = {}
         if model.towers.generator is not None:
-            parts["likelihood"] = self._likelihood(opened, model)
-            parts |= self._captions(name, opened, model, GREEDY)
-            self._warn(name, join(parts).metrics)
+            likelihood = self._try(name, "loss", lambda: self._likelihood(opened, model))
+            parts = {"likelihood": likelihood} | self._captions(name, opened, model, GREEDY)
+            self._warn(name, join(parts))
         if model.towers.embedder is not None:
-            parts["retrieval"] = self._retrieval(opened, model)
-        if "judged" in parts:
-            parts["judged"] = _without(parts["judged"], parts.get("retrieval"))
-        self._write(name, join(parts), model.step)
-        numbers = join(parts).metrics
+            parts["retrieval"] = self._try(
+                name, "image_to_text_r1", lambda: self._retrieval(opened, model)
+            )
+        found = join(parts)
+        self._write(name, found, model.step)
         if model.towers.generator is not None:
             for scale in self.measures.guidance_scales:
                 options = DecodingOptions(guidance_scale=scale)
                 guided = self._captions(f"{name}@{scale:g}", opened, model, options)
                 self._write(f"{name}@{scale:g}", join(guided), model.step)
-        if self.measures.probes is not None:
-            found = self._probes(opened, model, self.measures.probes)
-            self._write(f"{name}@probes", found, model.step)
-            numbers |= found.metrics
-        return numbers
+        probes = self.measures.probes
+        if probes is None:
+            return found.metrics
+        more = self._try(name, "probes", lambda: self._probes(opened, model, probes))
+        self._write(f"{name}@probes", more, model.step)
+        return found.metrics | more.metrics
 
     def test(self, name: str, model: LoadedModel) -> dict[str, float]:
-        """A test of composition; the numbers."""
+        """A test of composition, at most `max_examples` of it, evenly spread; the numbers."""
         items = dict(self.measures.tests)[name]
-        found = compose(model, name, items, batch_size=self.batch_size)
+        count = min(len(items), self.max_examples or len(items))
+        items = [items[place * len(items) // count] for place in range(count)]
+        found = self._try(
+            f"test_{name}", name, lambda: compose(model, name, items, batch_size=self.batch_size)
+        )
         self._write(f"test_{name}", found, model.step)
         return found.metrics
+
+    def _try(self, name: str, what: str, measure: Callable[[], Measured]) -> Measured:
+        """A fault in the data of one evaluation must not end a run, nor the other evaluations."""
+        try:
+            return measure()
+        except UserError as error:
+            if jax.process_index() == 0:
+                self.say(f"warning: {name}: {what} not measured: {error}")
+            return Measured({}, skipped={what: str(error)})
 
     def _rows(self, opened: Opened, model: LoadedModel):
         return evaluation_batches(
@@ -133,10 +155,35 @@ class Evaluation:
             )
         }
         if measures.judge is not None and records:
-            images = [opened[1][record.index].image for record in records]
-            found["judged"] = judge_captions(measures.judge, records, images)
-        scale = Measured({}, notes={"guidance_scale": options.guidance_scale})
-        return found | {"scale": scale}
+            found["judged"] = self._try(
+                name, "clip_score", lambda: self._judged(measures.judge, opened[1], records)
+            )
+        known = [record.references[0] for record in records if record.references]
+        notes: dict[str, Any] = {
+            "guidance_scale": options.guidance_scale,
+            "references_distinct_ratio": distinct_ratio(known) if known else None,
+        }
+        if options.is_guided and not model.has_null_image:
+            notes["null_image"] = "trained without image_dropout: guidance leads away from nothing"
+            if jax.process_index() == 0:
+                self.say(f"warning: {name}: {notes['null_image']}")
+        return found | {"notes": Measured({}, notes=notes)}
+
+    def _judged(self, judge: LoadedModel, source: Source, records: list[CaptionRecord]) -> Measured:
+        images = [source[record.index].image for record in records]
+        with jax.set_mesh(judge.mesh):  # not the run's
+            found = judge_captions(judge, records, images, prompt=self.measures.judge_prompt)
+        # Its retrieval of references by names of their own: a model may have towers too.
+        own = ("image_to_text", "text_to_image", "retrieval")
+
+        def renamed(values: dict) -> dict:
+            return {f"judge_{k}" if k.startswith(own) else k: value for k, value in values.items()}
+
+        return found._replace(
+            metrics=renamed(found.metrics),
+            intervals=renamed(found.intervals),
+            skipped=renamed(found.skipped),
+        )
 
     def _retrieval(self, opened: Opened, model: LoadedModel) -> Measured:
         is_coca = model.towers.coca is not None
@@ -159,12 +206,15 @@ class Evaluation:
             probes.train,
             opened,
             probes.class_names,
+            directory=self.features,
             batch_size=self.batch_size,
             max_examples=self.max_examples,
+            max_train_examples=probes.max_examples,
         )
 
-    def _warn(self, name: str, numbers: dict[str, float]) -> None:
-        if jax.process_index() == 0 and (reason := blindness(numbers)):
+    def _warn(self, name: str, found: Measured) -> None:
+        references = found.notes["references_distinct_ratio"] or 1.0
+        if jax.process_index() == 0 and (reason := blindness(found.metrics, references)):
             self.say(f"warning: on {name} the captioner {reason}")
 
     def _write(self, name: str, measured: Measured, step: int) -> None:
@@ -207,14 +257,3 @@ def build_evaluators(plan: Plan, root: epath.Path, say: Callable[[str], None]) -
         Evaluator(name, settings.every_steps, functools.partial(run, name))
         for name in (*plan.splits, *(f"test_{name}" for name, _ in plan.measures.tests))
     ]
-
-
-def _without(part: Measured, other: Measured | None) -> Measured:
-    """What the other has not measured itself."""
-    taken = other.metrics.keys() if other else ()
-    return part._replace(
-        metrics={name: value for name, value in part.metrics.items() if name not in taken},
-        items={name: value for name, value in part.items.items() if name not in taken},
-        intervals={name: value for name, value in part.intervals.items() if name not in taken},
-        skipped={name: why for name, why in part.skipped.items() if name not in taken},
-    )

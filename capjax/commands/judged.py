@@ -112,6 +112,14 @@ def _scores(
 ) -> Measured:
     """The measure and, of the captions that have references, the one with references."""
     name, texts = judging.measure, [record.caption for record in records]
+    length = judge.embedder.config.text_length
+    cut_captions = _num_cut(judge, texts, judging.prompt, length)
+    if judging.prompt and 2 * cut_captions > len(texts):
+        reason = (
+            f"the judge reads {length} tokens, and {judging.prompt!r} with the caption has more in "
+            f"{cut_captions} of {len(texts)}: score without a prompt (judge_prompt empty)"
+        )
+        return Measured({}, skipped={name: reason, f"ref_{name}": reason})
     w = judging.w or WEIGHTS[name]
     caption_ND = _embed(judge, texts, judging.prompt, judging)
     score_N = clip_score(image_ND, caption_ND, w)
@@ -122,13 +130,12 @@ def _scores(
         items[f"ref_{name}"] = with_references(score_N, best_N)
     else:
         skipped[f"ref_{name}"] = "no references"
-    length = judge.embedder.config.text_length
     notes = {
         "w": w,
         "prompt": judging.prompt,
         "text_length": length,
         "judge_step": judge.step,
-        "cut_captions": _num_cut(judge, texts, judging.prompt, length),
+        "cut_captions": cut_captions,
         "cut_references": _num_cut(judge, reference_E, judging.prompt, length),
     }
     return Measured(

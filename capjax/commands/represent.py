@@ -37,6 +37,7 @@ def represent(
     directory: epath.Path | None = None,
     batch_size: int = 128,
     max_examples: int | None = None,
+    max_train_examples: int | None = None,
     shots: Sequence[int] = SHOTS,
     num_seeds: int = 3,
     k: int = 20,
@@ -49,7 +50,7 @@ def represent(
       templates: of the prompts, "{}" standing for the name.
       kind: the feature, one of `features.KINDS`.
       directory: where features are kept; None: nowhere.
-      max_examples: of each source, evenly spread; None for all.
+      max_examples, max_train_examples: of `test` and of `train`, evenly spread; None for all.
       penalties: of the linear probe, to choose from.
 
     Every way of classifying has `<way>_top1`, with an item for each test example, and
@@ -62,7 +63,7 @@ def represent(
     mesh = loaded.mesh or make_mesh(MeshShape())
     loaded = loaded if loaded.mesh else loaded.on_mesh(mesh)
 
-    def features(source: Opened, kind: str) -> ImageRows:
+    def features(source: Opened, kind: str, most: int | None = max_examples) -> ImageRows:
         found = frozen_features(
             loaded.towers,
             loaded.params,
@@ -71,12 +72,12 @@ def represent(
             mesh=mesh,
             kind=kind,
             batch_size=batch_size,
-            max_examples=max_examples,
+            max_examples=most,
             directory=directory,
         )
         return _labelled(source[0], found, len(class_names))
 
-    known, rows = features(train, kind), features(test, kind)
+    known, rows = features(train, kind, max_train_examples), features(test, kind)
     parts = {
         "sets": Measured({}, notes={"train": train[0], "test": test[0], "feature": kind}),
         "majority": _majority(known, rows),

@@ -58,9 +58,9 @@ in front. SIGTERM finishes what is in progress."""
     limits.add_argument(
         "--max_requests_of_client",
         type=int,
-        default=32,
+        default=0,
         metavar="N",
-        help="the same of one client: 429 (32)",
+        help="the same of one client: 429 (0: half of it)",
     )
     limits.add_argument(
         "--timeout", type=float, default=30.0, metavar="S", help="of a request: 504 (30)"

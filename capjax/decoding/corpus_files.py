@@ -4,6 +4,7 @@ A shard is a range of the input. It appears whole or not at all, and only after 
 so what a killed process leaves is whole shards, and leftovers that its successor deletes.
 """
 
+import dataclasses
 import errno
 import fcntl
 import json
@@ -163,6 +164,9 @@ class ShardDirectory:
             kept = json.loads(path.read_text())
         except ValueError as error:
             raise UserError(f"{path} is damaged ({error}); choose another --output") from error
+        # An option that did not exist when the job was begun was what it is by default.
+        defaults = json.loads(json.dumps(dataclasses.asdict(DecodingOptions())))
+        kept["options"] = defaults | kept.get("options", {})
         if changes := config_changes(kept, self.job):
             listed = "; ".join(f"{field}: {change}" for field, change in changes.items())
             raise UserError(

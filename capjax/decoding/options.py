@@ -41,8 +41,8 @@ class DecodingOptions:
       draft_length: self-speculative decoding: the parallel mode of a CapPa model drafts the whole
         caption, and this many of its tokens are verified at once. Captions remain those of greedy
         search, or draws from the same distribution. 0: none.
-      num_slots: captions of a batch under way at once on one device, where one that is done makes
-        room for the next; 0: all of the batch, which then waits for its longest.
+      num_slots: captions of a batch under way at once, where one that is done makes room for the
+        next; fewer than the batch has, on one device. 0: all of it, which waits for the longest.
       banned: texts that may not be written, in the tokens that the tokenizer cuts them into.
       stop: texts, in their tokens likewise, after which a caption ends.
     """

@@ -25,6 +25,7 @@ from capjax.decoding import processors, sampling
 from capjax.decoding.options import DecodingOptions
 from capjax.decoding.texts import ABSENT, END, LENGTH
 from capjax.dims import Array, Bool, Float, Int, Params, PRNGKeyArray
+from capjax.errors import UserError
 from capjax.mesh import act_B, act_BL, act_BSV, out_sharding, reshard
 from capjax.models.block_decoding import Caches, Seen, place_window, start_block_decoding
 from capjax.models.captioner import Captioner
@@ -58,7 +59,7 @@ class Draft(NamedTuple):
     """What the parallel mode proposes."""
 
     token_BL: Int[Array, "B L"]
-    logq_BLV: Float[Array, "B L V"] | None  # of what they were drawn from; None: the likeliest
+    hidden_BLE: Float[Array, "B L E"] | None  # of what they were drawn from; None: the likeliest
 
 
 class Written(NamedTuple):
@@ -136,11 +137,15 @@ def _write(
 ) -> Written:
     """Captions of all images, each by its own key; rows that the mask leaves out stay empty.
 
-    On a mesh all images have a slot: a slot of one device cannot take another's images.
+    Raises `UserError` for fewer slots than images on a mesh.
     """
     batch = len(memory_BPD)
-    has_mesh = not jax.sharding.get_abstract_mesh().empty
-    num_slots = batch if has_mesh else min(rules.num_slots, batch)
+    num_slots = min(rules.num_slots, batch)
+    if num_slots < batch and not jax.sharding.get_abstract_mesh().empty:
+        raise UserError(
+            f"num_slots={num_slots} for a batch of {batch} on a mesh: a slot of one device cannot "
+            "take another's images; leave it out, or run on one device"
+        )
     draft = _draft(model, params, memory_BPD, key_B, numbers, rules)
     read, seen, caches = start_block_decoding(
         model, params, memory_BPD, batch=num_slots, length=rules.max_length, width=rules.width
@@ -155,7 +160,8 @@ def _write(
         logprobs_CWV = sampling.log_distribution(
             logits_CWV, model.config.vocab_size, numbers.temperature
         )
-        return slots._replace(written=_verify(logprobs_CWV, slots, numbers, rules)), caches
+        written = _verify(model, params, logprobs_CWV, slots, numbers, rules)
+        return slots._replace(written=written), caches
 
     if num_slots == batch:
         slots, _ = lax.while_loop(
@@ -170,7 +176,7 @@ def _write(
         carry = carry._replace(slots=slots, caches=caches)
         # Making room moves the memories of all slots, so it waits until it serves several.
         num_over = jnp.sum(_is_over(slots.written))
-        is_worth_it = num_over * REFILL >= num_slots
+        is_worth_it = (num_over * REFILL >= num_slots) & (carry.next_image < batch)
         return lax.cond(is_worth_it, lambda x: _refill(x, images), lambda x: x, carry)
 
     first = jax.tree.map(lambda x: x[:num_slots], images)
@@ -189,19 +195,37 @@ def _draft(
         shape = (len(memory_BPD), rules.max_length)
         return Draft(jnp.full(shape, PAD_ID, jnp.int32, out_sharding=out_sharding(act_BL)), None)
     hidden_BLE = model.parallel_hidden(params, memory_BPD, rules.max_length)
-    logits_BLV = reshard(model.logits(params, hidden_BLE), act_BSV)
     position_1L = jnp.arange(rules.max_length)[None]
     if not rules.is_sampling:
+        logits_BLV = reshard(model.logits(params, hidden_BLE), act_BSV)
         return Draft(sampling.greedy(_scores(logits_BLV, position_1L, numbers, rules)), None)
-    logprobs_BLV = sampling.log_distribution(
-        logits_BLV, model.config.vocab_size, numbers.temperature
+    logq_BLV = _proposed(model, params, hidden_BLE, position_1L, numbers, rules)
+    return Draft(sampling.draw(logq_BLV, _keys(key_B, position_1L, DRAFT)), hidden_BLE)
+
+
+def _proposed(
+    model: Captioner, params: Params, hidden_CWE, position_CW, numbers: Numbers, rules: Rules
+) -> Float[Array, "C W V"]:
+    """The distributions that drafted tokens are drawn from.
+
+    Made anew for each window: those of all positions would be kept for the whole loop.
+    """
+    logprobs_CWV = sampling.log_distribution(
+        reshard(model.logits(params, hidden_CWE), act_BSV),
+        model.config.vocab_size,
+        numbers.temperature,
     )
-    scores_BLV = _scores(logprobs_BLV, position_1L, numbers, rules)
-    logq_BLV = jax.nn.log_softmax(scores_BLV, axis=-1)
-    return Draft(sampling.draw(logq_BLV, _keys(key_B, position_1L, DRAFT)), logq_BLV)
+    return jax.nn.log_softmax(_scores(logprobs_CWV, position_CW, numbers, rules), axis=-1)
 
 
-def _verify(logprobs_CWV: Array, slots: _Slots, numbers: Numbers, rules: Rules) -> Written:
+def _verify(
+    model: Captioner,
+    params: Params,
+    logprobs_CWV: Array,
+    slots: _Slots,
+    numbers: Numbers,
+    rules: Rules,
+) -> Written:
     """The texts with what the window yields: tokens up to the first that is not the draft's."""
     written, width = slots.written, rules.width
     position_CW = written.num_B[:, None] + jnp.arange(width)[None]
@@ -209,10 +233,11 @@ def _verify(logprobs_CWV: Array, slots: _Slots, numbers: Numbers, rules: Rules) 
     drafted_CW = _window(slots.draft.token_BL, written.num_B, width)
     if not rules.is_sampling:
         token_CW = sampling.greedy(scores_CWV)
-    elif slots.draft.logq_BLV is None:
-        token_CW = sampling.draw(scores_CWV, _keys(slots.key_C, position_CW, OTHER))
+    elif slots.draft.hidden_BLE is None:
+        token_CW = sampling.draw(scores_CWV, _keys(slots.key_C, position_CW))
     else:
-        logq_CWV = _window(slots.draft.logq_BLV, written.num_B, width)
+        hidden_CWE = _window(slots.draft.hidden_BLE, written.num_B, width)
+        logq_CWV = _proposed(model, params, hidden_CWE, position_CW, numbers, rules)
         token_CW = _accept_or_draw(scores_CWV, logq_CWV, drafted_CW, slots.key_C, position_CW)
     goes_on_CW = (token_CW == drafted_CW) & (token_CW != EOS_ID)
     is_open_CW = jnp.cumsum(~goes_on_CW, axis=1) - ~goes_on_CW == 0
@@ -268,10 +293,11 @@ def _window(x_CL: Array, start_C: Int[Array, "C"], width: int) -> Array:
 
 
 def _keys(
-    key_C: Key[Array, "C"], position_CW: Int[Array, "#C W"], purpose: int
+    key_C: Key[Array, "C"], position_CW: Int[Array, "_ W"], purpose: int | None = None
 ) -> Key[Array, "C W"]:
-    """One key for each position of each row and each purpose."""
-    key_C = jax.vmap(lambda key: jax.random.fold_in(key, purpose))(key_C)
+    """One key for each position of each row and each purpose; without one, that of `step_keys`."""
+    if purpose is not None:
+        key_C = jax.vmap(lambda key: jax.random.fold_in(key, purpose))(key_C)
     fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
     if len(position_CW) == 1:
         return jax.vmap(fold, in_axes=(0, None))(key_C, position_CW[0])

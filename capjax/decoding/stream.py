@@ -52,6 +52,11 @@ class CaptionStream:
             raise UserError(f"batch_size={self.batch_size}: expected at least 1")
         if self.options.is_by_rows and not (self.prefix is self.contrast is self.language is None):
             raise UserError(NOT_BY_ROWS)
+        if self.options.num_slots >= self.batch_size:
+            raise UserError(
+                f"num_slots={self.options.num_slots} with batch_size={self.batch_size}: every "
+                "image has a slot already; set a larger batch_size, 4 times num_slots, say"
+            )
         if not 0 <= self.seed <= MAX_SEED:
             raise UserError(f"seed={self.seed}: expected 0 to {MAX_SEED}")
         if self.prefix and (count := len(self.captioner.token_ids(self.prefix))) >= self.max_length:

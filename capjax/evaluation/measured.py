@@ -72,21 +72,35 @@ def read_measured(path: epath.PathLike) -> Measured:
 
 
 def join(parts: Mapping[str, Measured]) -> Measured:
-    """Several results of one set as one. Items must be of the same keys, or there are none.
+    """Several results of one set as one.
 
-    Raises `ValueError` where two parts name the same thing.
+    Items are put beside each other by their keys; what a part does not have of an item is NaN, or
+    "" where it is a text. Raises `ValueError` where two parts name the same thing.
     """
-    keys = {part.keys for part in parts.values() if part.items}
-    if len(keys) > 1:
-        raise ValueError(f"{sorted(parts)}: expected items of the same keys in all parts")
+    keys = tuple(dict.fromkeys(key for part in parts.values() if part.items for key in part.keys))
     return Measured(
         metrics=_merged({name: part.metrics for name, part in parts.items()}),
-        items=_merged({name: part.items for name, part in parts.items()}),
-        keys=keys.pop() if keys else (),
+        items=_merged({name: _aligned(part, keys) for name, part in parts.items()}),
+        keys=keys,
         intervals=_merged({name: part.intervals for name, part in parts.items()}),
         skipped=_merged({name: part.skipped for name, part in parts.items()}),
         notes=_merged({name: part.notes for name, part in parts.items()}),
     )
+
+
+def _aligned(part: Measured, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """The items in the order of `keys`."""
+    if part.keys == keys:
+        return part.items
+    places = {key: place for place, key in enumerate(keys)}
+    rows = [places[key] for key in part.keys]
+    found = {}
+    for name, values in part.items.items():
+        is_text = values.dtype.kind in "OUS"
+        whole = np.full(len(keys), "" if is_text else math.nan, object if is_text else np.float64)
+        whole[rows] = values
+        found[name] = whole
+    return found
 
 
 def _merged(parts: Mapping[str, Mapping[str, Value]]) -> dict[str, Value]:

@@ -1,5 +1,6 @@
 """What a captioner says of one split: its captions and their agreement with the references."""
 
+import collections
 import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -108,7 +109,11 @@ def caption_split(
                 step=step,
             )
         )
-    return records
+    counts = collections.Counter(record.key for record in records)
+    return [  # a source of several others may repeat keys
+        record._replace(key=f"{record.key}#{record.index}") if counts[record.key] > 1 else record
+        for record in records
+    ]
 
 
 def measure_records(
@@ -129,8 +134,6 @@ def measure_records(
     texts = [record.caption for record in scored]
     known = [record.references for record in scored] if scored[0].references else None
     keys = [record.key for record in scored]
-    if len(set(keys)) < len(keys):  # a source of several may repeat them
-        keys = [f"{record.key}#{record.index}" for record in scored]
     parts = {"agreement": measure_captions(texts, known, keys, tokenizer=tokenizer, java=java)}
     parts["distinct"] = Measured({"distinct_ratio": captions.distinct_ratio(texts)})
     if known is not None:

@@ -19,7 +19,7 @@ class Limits:
       burst: requests that a client may send at once [429].
       max_requests: in progress, from a body that is being read to a caption [503].
       max_requests_of_client: the same of one client [429], so that bodies which never arrive cannot
-        take all the places.
+        take all the places; 0: half of `max_requests`.
       timeout_s: for the body [408], and from the body to the captions [504].
       max_captions: `num_captions` of a request [422].
       max_beams: `num_beams` of a request [422].
@@ -31,9 +31,9 @@ class Limits:
     max_bytes: int = 8 << 20
     max_pixels: int = 1 << 25
     requests_per_minute: float = 600.0
-    burst: int = 60
+    burst: int = 30
     max_requests: int = 64
-    max_requests_of_client: int = 32
+    max_requests_of_client: int = 0
     timeout_s: float = 30.0
     max_captions: int = 8
     max_beams: int = 8
@@ -42,6 +42,8 @@ class Limits:
     wait_s: float = 0.005
 
     def __post_init__(self) -> None:
+        if self.max_requests_of_client == 0:
+            object.__setattr__(self, "max_requests_of_client", max(1, self.max_requests // 2))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if not 0 < value < float("inf") and not (field.name == "wait_s" and value == 0):

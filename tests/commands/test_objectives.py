@@ -3,13 +3,21 @@
 import json
 import re
 
+import jax
 import numpy as np
 import pytest
+from etils import epath
+from ml_collections import ConfigDict
 
 import capjax
+from capjax.commands import build
+from capjax.commands.evaluators import Evaluation
+from capjax.commands.measures import Probes, open_measures
+from capjax.commands.models import build_objectives
 from capjax.data.sources import open_source
 from capjax.errors import UserError
 from capjax.evaluation.measured import read_measured
+from capjax.mesh import MeshShape, make_mesh
 from capjax.reporting.page import write_report
 from tests.commands.conftest import REPOSITORY, finish, start
 
@@ -64,7 +72,7 @@ def evaluate_everything(workdir, measured):
     """A run that has captions and towers, which here judge themselves."""
     asked = ("--probes", "--composition=emoji_pairs", f"--judge={workdir}", "--attention=4")
     asked += ("--guidance_scales=1,2", "--max_examples=48", "--tokenizer=treebank")
-    asked += ("--lexicon=emoji",)
+    asked += ("--lexicon=emoji", "--judge_prompt=")
     said = finish(start("evaluate", f"--workdir={workdir}", *asked))
     files = {path.stem: read_measured(path) for path in (workdir / "evaluations").glob("*.json")}
     assert files.keys() == {"concept", "concept@2", "concept@probes", "test_emoji_pairs"}
@@ -82,6 +90,7 @@ def evaluate_everything(workdir, measured):
     assert len(guided.keys) == len(guided.items["cider_d"]) == 48
     own = {name.rpartition("/")[2] for name in measured}
     assert {"retrieval_images", "caption_loss", "knn_top1"} <= own
+    assert plain.notes["step"] == 40 and plain.notes["references_distinct_ratio"] > 0.5
     assert {"retrieval_images", "caption_loss"} <= plain.metrics.keys()
     probes = files["concept@probes"].metrics
     assert {"knn_top1", "linear_probe_top1", "zeroshot_top1", "majority_top1"} <= probes.keys()
@@ -93,6 +102,37 @@ def evaluate_everything(workdir, measured):
     assert len(json.loads((workdir / "attention" / "concept.json").read_text())) == 4
     guided_file = workdir / "captions" / "guided" / "concept@2.jsonl"
     assert len(guided_file.read_text().splitlines()) == 48
+
+
+def evaluate_on_a_mesh(workdir, directory):
+    """As in training: on eight devices, under their mesh, with a judge; and what goes wrong."""
+    model, split = capjax.load(workdir), ("emoji:concept", open_source("emoji:concept"))
+    config = ConfigDict(model.config)
+    measures = open_measures(judge=str(workdir), judge_prompt="", guidance_scales=(2.0,))
+    two_names = Probes(("emoji:val", open_source("emoji:val")), ["one", "two"], 50)
+    found, said = {}, []
+    for shape in (MeshShape(data=1), MeshShape()):
+        mesh = make_mesh(shape, jax.devices()[: None if shape.data < 0 else 1])
+        evaluation = Evaluation(
+            epath.Path(directory / str(shape.data)),
+            mesh,
+            build.build_data(config),
+            build_objectives(config),
+            measures._replace(probes=two_names),
+            batch_size=16,
+            max_examples=21,
+            say=said.append,
+        )
+        with jax.set_mesh(mesh):
+            found[shape.data] = evaluation.split("concept", split, model.on_mesh(mesh))
+        part = read_measured(directory / str(shape.data) / "evaluations" / "concept@probes.json")
+        assert "expected 0 to 1" in part.skipped["probes"]
+    assert found[1].keys() >= {"clip_score", "cider_d", "judge_text_to_image_r1"}
+    batches = {"shuffled_images_loss", "contrastive_loss"}  # which depend on the batches
+    assert {k: v for k, v in found[-1].items() if k not in batches} == pytest.approx(
+        {k: v for k, v in found[1].items() if k not in batches}, rel=1e-4
+    )
+    assert sum("probes not measured" in line for line in said) == 2
 
 
 @pytest.mark.slow
@@ -115,6 +155,7 @@ def test_train_evaluate_use_report(name, config_path, tmp_path):
         assert {k: again[k] for k in measured} == pytest.approx(measured)
     if name == "siglip_cappa":
         evaluate_everything(workdir, measured)
+        evaluate_on_a_mesh(workdir, tmp_path)
 
     model = capjax.load(workdir)
     images = [open_source("emoji:concept")[i].image for i in range(3)]

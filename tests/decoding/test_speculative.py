@@ -69,7 +69,7 @@ def test_a_perfect_draft_takes_few_passes(model, params, images):
     ("draft_length", "num_slots", "fields"),
     [
         (1, 0, {"temperature": 3.0}),
-        (2, 400, {"temperature": 4.0, "top_k": 12}),
+        (2, 400, {"temperature": 4.0, "top_k": 12, "min_p": 0.01}),
         (0, 1000, {"temperature": 4.0, "top_p": 0.9}),
     ],
 )
@@ -128,7 +128,15 @@ def of_logits(logits, options):
         p[order[options.top_k :]] = 0.0
     if options.top_p < 1:
         p[order[np.cumsum(p[order]) - p[order] >= options.top_p]] = 0.0
+    p[p < options.min_p * p.max()] = 0.0
     return p / p.sum()
+
+
+@pytest.mark.parametrize("fields", [{"num_slots": 5}, {"num_slots": 5, "top_p": 0.9}])
+def test_slots_alone_change_no_draw(model, params, images, fields):
+    options = DecodingOptions(max_length=LENGTH, temperature=1.0, **fields)
+    expected = generate(model, params, images, dataclasses.replace(options, num_slots=0))
+    assert_same(generate(model, params, images, options), expected)
 
 
 def test_draws_depend_on_the_image_alone(model, params, images):
@@ -145,7 +153,7 @@ def test_draws_depend_on_the_image_alone(model, params, images):
 @pytest.mark.parametrize("shape", [MeshShape(), MeshShape(data=2, fsdp=2, tensor=2)], ids=str)
 def test_on_a_mesh(model, params, images, shape):
     mesh, images = make_mesh(shape), images[:8]
-    for fields in ({"draft_length": 3}, {"draft_length": 2, "temperature": 1.0, "num_slots": 3}):
+    for fields in ({"draft_length": 3}, {"draft_length": 2, "temperature": 1.0}):
         options = DecodingOptions(max_length=LENGTH, **fields)
         expected = generate(model, params, images, options)
         with jax.set_mesh(mesh):
@@ -154,6 +162,8 @@ def test_on_a_mesh(model, params, images, shape):
             )
             spread = place_tree(mesh, params, model.param_specs())
             made = generate(model, spread, placed["image"], options, index_B=placed["index"])
+            with pytest.raises(UserError, match="num_slots=3 for a batch of 8 on a mesh"):
+                generate(model, spread, placed["image"], dataclasses.replace(options, num_slots=3))
         assert_same(jax.device_get(made), jax.device_get(expected))
 
 
