@@ -12,6 +12,13 @@ from capjax.errors import UserError
 from capjax.evaluation.attention import WordMaps
 from capjax.evaluation.measured import Measured, read_measured
 
+# What may be of an earlier checkpoint: the fields of a run, and where their files are.
+_FILES = {
+    "evaluations": "evaluations/{}.json",
+    "captions": "captions/{}.jsonl",
+    "guided": "captions/guided/{}.jsonl",
+}
+
 
 class Run(NamedTuple):
     """One workdir. Each mapping is empty where the run has no such files."""
@@ -24,6 +31,8 @@ class Run(NamedTuple):
     captions: dict[str, list[dict[str, Any]]]  # by split
     guided: dict[str, list[dict[str, Any]]]  # by split and scale: "val@2"
     attention: dict[str, dict[str, WordMaps]]  # by split and key
+    steps: dict[str, int]  # by split: of the checkpoint that all the above is of, where noted
+    left_out: list[str]  # files of another checkpoint than that, with their steps
 
 
 def read_runs(workdirs: Sequence[str | Path]) -> list[Run]:
@@ -71,13 +80,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def last_evaluation(run: Run) -> dict[str, dict[str, float]]:
-    """The newest logged value of every `eval/<split>/<metric>`: by split, then by metric."""
+    """The newest logged value of every `eval/<split>/<metric>`: by split, then by metric.
+
+    Of the step that the split's files are of, where that is known.
+    """
     found: dict[str, dict[str, float]] = {}
     for line in run.metrics:
         for name, value in line.items():
             if name.startswith("eval/") and name.count("/") >= 2 and value is not None:
                 _, split, metric = name.split("/", 2)
-                found.setdefault(split, {})[metric] = value
+                if line["step"] == run.steps.get(split, line["step"]):
+                    found.setdefault(split, {})[metric] = value
     return found
 
 
@@ -124,7 +137,7 @@ def _read_run(path: Path, name: str) -> Run:
         raise UserError(
             f"workdir={path}: no config.json there; give the --workdir of a `capjax train` run"
         )
-    return Run(
+    run = Run(
         name=name,
         config=_read_json(path / "config.json"),
         summary=_read_json(path / "summary.json") if (path / "summary.json").is_file() else {},
@@ -135,6 +148,44 @@ def _read_run(path: Path, name: str) -> Run:
         captions=_read_captions(path / "captions"),
         guided=_read_captions(path / "captions" / "guided"),
         attention={file.stem: _read_attention(file) for file in path.glob("attention/*.json")},
+        steps={},
+        left_out=[],
+    )
+    return _of_one_step(run)
+
+
+def _of_one_step(run: Run) -> Run:
+    """A run without the files of a split that are of another checkpoint than its own are.
+
+    Its own are evaluations/<split>.json and captions/<split>.jsonl; if these differ, the newer
+    counts. A file that notes no step is kept.
+    """
+    noted: dict[tuple[str, str], Any] = {
+        ("evaluations", name): measured.notes.get("step")
+        for name, measured in run.evaluations.items()
+    }
+    for field in ("captions", "guided"):
+        noted |= {(field, name): of[0].get("step") for name, of in getattr(run, field).items()}
+    known = {file: step for file, step in noted.items() if isinstance(step, int)}
+    candidates: dict[str, list[tuple[bool, int]]] = {}
+    for (_, name), step in known.items():
+        split = split_of(name)
+        candidates.setdefault(split, []).append((name == split, step))
+    steps = {split: max(of)[1] for split, of in candidates.items()}
+    other = {file: step for file, step in known.items() if step != steps[split_of(file[1])]}
+
+    def kept(field: str) -> dict[str, Any]:
+        return {name: of for name, of in getattr(run, field).items() if (field, name) not in other}
+
+    return run._replace(
+        steps=steps,
+        left_out=[
+            f"{_FILES[field].format(name)} (step {step}, not {steps[split_of(name)]})"
+            for (field, name), step in other.items()
+        ],
+        evaluations=kept("evaluations"),
+        captions=kept("captions"),
+        guided=kept("guided"),
     )
 
 

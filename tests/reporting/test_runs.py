@@ -5,6 +5,8 @@ import json
 import pytest
 
 from capjax.errors import UserError
+from capjax.evaluation.measured import read_measured, write_measured
+from capjax.reporting.page import write_report
 from capjax.reporting.runs import config_differences, last_evaluation, read_runs, splits_of, voices
 
 
@@ -47,6 +49,40 @@ def test_what_is_said_with_guidance_is_another_voice(tmp_path, make_run):
     assert splits_of(runs) == ["concept"]
     both = voices(read_runs([root, make_run(tmp_path / "other")]))
     assert [voice.name for voice in both][1:3] == ["other", "run, guidance 1.5"]
+
+
+def test_files_of_another_checkpoint_are_left_out(tmp_path, make_run):
+    root = make_run(tmp_path / "run")
+    (root / "captions" / "guided").mkdir()
+    measured = read_measured(root / "evaluations" / "concept.json")
+
+    def write(name, step):
+        noted = measured._replace(notes=measured.notes | {"step": step})
+        write_measured(root / "evaluations" / f"{name}.json", noted)
+
+    for name, step in {"concept": 20, "concept@2": 20, "concept@3": 40, "test_x": 10}.items():
+        write(name, step)
+    for scale, step in {"2": 20, "3": 40}.items():
+        line = json.dumps({"key": "a", "caption": "b", "step": step}) + "\n"
+        (root / "captions" / "guided" / f"concept@{scale}.jsonl").write_text(line)
+    (run,) = read_runs([root])
+    assert run.steps == {"concept": 20, "test_x": 10}
+    assert run.left_out == [
+        "evaluations/concept@3.json (step 40, not 20)",
+        "captions/guided/concept@3.jsonl (step 40, not 20)",
+    ]
+    assert list(run.evaluations) == ["concept", "concept@2", "test_x"]
+    assert [voice.name for voice in voices([run])] == ["run", "guidance 2"]
+    assert set(run.captions) == {"concept"}  # without a step: kept
+    assert last_evaluation(run)["concept"]["exact_match"] == 0.2  # what was logged at step 20
+    text = write_report([root]).read_text()
+    assert "evaluations/concept@3.json (step 40, not 20)" in text
+    records = (root / "captions" / "concept.jsonl").read_text().splitlines()
+    lines = [json.dumps(json.loads(line) | {"step": 40}) + "\n" for line in records]
+    (root / "captions" / "concept.jsonl").write_text("".join(lines))
+    (run,) = read_runs([root])  # of the split's own the newer
+    assert run.steps["concept"] == 40
+    assert list(run.evaluations) == ["concept@3", "test_x"]
 
 
 def test_only_the_fields_that_differ_are_listed(tmp_path, make_run):
