@@ -40,10 +40,19 @@ for (const svg of all("svg[data-chart]")) {
 
 for (const button of all(".copy")) {
   button.addEventListener("click", async () => {
-    const link = button.parentElement.querySelector('a[download$=".tex"]').href;
-    await navigator.clipboard.writeText(decodeURIComponent(link.slice(link.indexOf(",") + 1)));
-    button.textContent = "Copied";
-    setTimeout(() => { button.textContent = "Copy LaTeX"; }, 1500);
+    const head = button.closest(".tablehead"), link = head.querySelector('a[download$=".tex"]').href;
+    const text = decodeURIComponent(link.slice(link.indexOf(",") + 1)), shown = head.querySelector("textarea");
+    if (shown) return shown.remove();
+    try {
+      await navigator.clipboard.writeText(text);
+      button.textContent = "Copied";
+      setTimeout(() => { button.textContent = "Copy LaTeX"; }, 1500);
+    } catch {  // no clipboard (a page over plain http) or none allowed: to be copied by hand
+      const area = Object.assign(document.createElement("textarea"), { value: text, readOnly: true, rows: 8 });
+      area.setAttribute("aria-label", "LaTeX, selected: copy it");
+      head.append(area);
+      area.select();
+    }
   });
 }
 

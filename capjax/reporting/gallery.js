@@ -1,7 +1,7 @@
 // Tiles of images and captions: searched, filtered, sorted; made as they come into view.
 
 const data = JSON.parse(byId("data").textContent);
-const CHUNK = 60;
+const CHUNK = 60, COLOURS = 8, NAMED = 3;
 const items = data.splits.flatMap((split, s) => split.keys.map((key, i) => ({ split, s, i, key, text: null })));
 let listed = [], made = 0, waiting = 0;
 
@@ -32,9 +32,9 @@ function picture(image, name) {
 const filters = [
   ["all", "all", () => true],
   ["exact", "exact", (item, run) => measure(item, run, "exact_match") === 1],
-  ["wrong", "not exact", (item, run) => measure(item, run, "exact_match") !== 1],
+  ["wrong", "not exact", (item, run) => measure(item, run, "exact_match") === 0],
   ["missed", "retrieval failures", isMissed],
-  ["differ", "captions differ", item => new Set(data.runs.map((_, run) => caption(item, run))).size > 1],
+  ["differ", "captions differ", item => sayings(item).length > 1],
   ["attention", "with attention", (item, run) => item.split.runs[run].attention[item.i] != null],
 ];
 
@@ -93,10 +93,12 @@ function tile(item, place) {
     inset.title = "what its caption finds";
     shown.append(inset);
   }
-  const said = sayings(item).map(({ text, runs }) => {
+  const isNamed = data.runs.length > COLOURS;
+  const said = sayings(item).flatMap(({ text, runs }) => {
     const values = runs.map(run => name === "" ? null : measure(item, run, name)).filter(value => value !== null);
-    return make("div", { className: "said", dir: "auto" }, ...(data.runs.length > 1 ? runs.map(key) : []), text || "(empty)",
+    const line = make("div", { className: "said", dir: "auto" }, ...(data.runs.length > 1 && !isNamed ? runs.map(key) : []), text || "(empty)",
       values.length ? make("span", { className: "value", textContent: " " + values.map(number).join(", ") }) : null);
+    return isNamed ? [line, voices(runs)] : [line];
   });
   const references = item.split.references[item.i];
   const rest = references.length > 2 ? `and ${references.length - 2} more` : null;
@@ -108,7 +110,13 @@ function tile(item, place) {
   return element;
 }
 
-const key = run => make("i", { className: `key c${run % 8}`, title: data.runs[run].name });
+const key = run => make("i", { className: `key c${run % COLOURS}`, title: data.runs[run].name });
+/** Who says something, by name, where there are more voices than colours: the first of them. */
+function voices(runs) {
+  const names = runs.slice(0, NAMED).map(run => make("span", {}, key(run), data.runs[run].name));
+  const rest = runs.length > NAMED ? `and ${runs.length - NAMED} more` : null;
+  return make("div", { className: "voices", title: runs.map(run => data.runs[run].name).join("\n") }, ...names, rest);
+}
 
 /** What is said of an image, each caption once, with the runs that say it. */
 function sayings(item) {

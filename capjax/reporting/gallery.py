@@ -27,6 +27,7 @@ _RECORD_MEASURES = {
     "logprob": "logprob",
     "num_tokens": "num_tokens",
 }
+_AGAINST_REFERENCES = {"exact", "unigram_f1"}
 
 Record = dict[str, Any]
 
@@ -70,6 +71,7 @@ def gallery(runs: Sequence[Run], *, seed: int, max_images: int) -> dict[str, Any
         ],
         "splits": splits,
         "images": thumbnails.images,
+        "moved": thumbnails.moved,
         "attention": {"shown": attention.shown, "left_out": attention.left_out},
     }
 
@@ -132,7 +134,7 @@ def _measures(
 ) -> tuple[dict[str, list], dict[str, list]]:
     """(numbers by name, what was found wrongly by `_FOUND`), each in the order of `keys`."""
     numbers = {
-        name: [_number(records.get(key, {}).get(field)) for key in keys]
+        name: [_number(_of_record(records.get(key, {}), field)) for key in keys]
         for field, name in _RECORD_MEASURES.items()
     }
     texts: dict[str, list[str]] = {}
@@ -157,10 +159,16 @@ def _measures(
 
 
 def _is_of(maps: WordMaps | None, caption: str) -> bool:
-    """Whether the maps are of this caption (or its beginning), not of one that was there before."""
-    return maps is not None and "".join(caption.split()).casefold().startswith(
-        "".join(maps.words).casefold()
-    )
+    """Whether the maps are of this caption, all of it, not of one that was there before."""
+    if maps is None or not maps.words:
+        return False
+    return "".join(caption.split()).casefold() == "".join(maps.words).casefold()
+
+
+def _of_record(record: Record, field: str) -> Any:
+    """The record's field; None for an agreement with references that it does not have."""
+    is_known = field not in _AGAINST_REFERENCES or record.get("references")
+    return record.get(field) if is_known else None
 
 
 def _number(value: Any) -> float | int | None:

@@ -111,7 +111,8 @@ byId("next").addEventListener("click", () => step(1));
 byId("close").addEventListener("click", () => viewer.close());
 viewer.addEventListener("close", () => focusTile(current));
 viewer.addEventListener("click", event => { if (event.target === viewer) viewer.close(); });
-viewer.addEventListener("keydown", event => {
+document.addEventListener("keydown", event => {  // not of the viewer: a button that goes leaves the focus to the body
+  if (!viewer.open || event.ctrlKey || event.metaKey || event.altKey) return;
   if (event.key === "ArrowLeft" || event.key === "ArrowRight") step(event.key === "ArrowLeft" ? -1 : 1);
   else if ((event.key === "ArrowUp" || event.key === "ArrowDown") && all(".word").length) stepWord(event.key === "ArrowUp" ? -1 : 1);
   else return;

@@ -115,6 +115,21 @@ def test_the_keyboard_alone(pages, open_page):
     page.keyboard.press("Escape")
     expect(page.locator("#viewer")).to_be_hidden()
     expect_focus(2)
+    page.keyboard.press("Enter")
+    page.click("#previous")
+    page.click("#previous")  # at the first image it is disabled, and has the focus no more
+    place = page.locator("#place")
+    expect(place).to_contain_text("1 of ")
+    page.keyboard.press("ArrowRight")
+    expect(place).to_contain_text("2 of ")
+    page.locator(".word").first.click()
+    page.keyboard.press("ArrowRight")  # the words, and the focus, are replaced
+    page.keyboard.press("ArrowRight")
+    expect(place).to_contain_text("4 of ")
+    page.keyboard.press("ArrowDown")
+    expect(page.locator(".word").first).to_have_attribute("aria-pressed", "true")
+    page.keyboard.press("Escape")
+    expect_focus(3)
     page.keyboard.press("/")
     page.keyboard.press("Escape")
     expect(page.locator("#count")).to_have_text("30 of 30")
@@ -164,6 +179,42 @@ def test_runs_are_compared(pages, open_page):
         page.click("text=CSV >> nth=0")
     assert download.value.suggested_filename == "concept.csv"
     assert download.value.path().read_text().startswith("metric,first,first lower")
+
+
+def test_many_voices_are_told_apart_by_name(tmp_path, make_run, open_page):
+    root = make_run(tmp_path / "run")
+    (root / "captions" / "guided").mkdir()
+    records = (root / "captions" / "concept.jsonl").read_text().splitlines()[:2]
+    for scale in range(2, 10):  # eight of them, of two images; of the second as without guidance
+        guided = [json.loads(line) for line in records]
+        guided[0]["caption"] = f"said with {scale}"
+        lines = "".join(json.dumps(record) + "\n" for record in guided)
+        (root / "captions" / "guided" / f"concept@{scale}.jsonl").write_text(lines)
+    page = open_page(write_report([root]))
+    page.select_option("#filter", "differ")
+    assert page.locator(".tile").count() == 1  # not those of which one voice alone says something
+    assert "said with 9\nguidance 9" in page.locator(".tile").inner_text()
+    page.select_option("#filter", "all")
+    page.fill("#find", json.loads(records[1])["key"])
+    expect(page.locator(".tile")).to_have_count(1)
+    assert "run\nguidance 2\nguidance 3\nand 6 more" in page.locator(".tile").inner_text()
+    page.fill("#find", "")
+    page.select_option("#whose", "3")
+    page.select_option("#filter", "wrong")
+    assert page.locator(".tile").count() == 1  # of two: the others were not captioned with guidance
+
+
+def test_latex_is_copied_or_selected(pages, open_page):
+    page = open_page(pages[0])
+    page.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
+    page.click(".copy >> nth=0")
+    selected = page.evaluate(
+        "(a => a.value.slice(a.selectionStart, a.selectionEnd))(document.activeElement)"
+    )
+    assert selected.startswith(r"\begin{tabular}")
+    assert selected.endswith("\\end{tabular}\n")
+    page.click(".copy >> nth=0")
+    assert page.locator(".tablehead textarea").count() == 0
 
 
 def test_a_phone_and_the_dark(pages, open_page):

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from capjax.data.sources import open_source
 from capjax.reporting import gallery as gallery_module
 from capjax.reporting.gallery import gallery, shares
 from capjax.reporting.runs import read_runs
@@ -58,6 +59,12 @@ def test_attention_is_of_the_caption_that_is_shown_and_within_its_limit(runs, mo
     assert data["attention"] == {"shown": 58, "left_out": 0}  # not of the script, of three words
     runs[0].captions["concept"][5]["caption"] = "what a later checkpoint says"
     assert gallery(runs, seed=0, max_images=1000)["attention"]["shown"] == 57
+    runs[0].captions["concept"][5]["caption"] = "caption 5 and more"  # of which maps are a part
+    assert gallery(runs, seed=0, max_images=1000)["attention"]["shown"] == 57
+    key = runs[0].captions["concept"][5]["key"]
+    maps = runs[0].attention["concept"]
+    maps[key] = maps[key]._replace(words=[], weights=maps[key].weights[:0])
+    assert gallery(runs, seed=0, max_images=1000)["attention"]["shown"] == 57
     monkeypatch.setattr(gallery_module, "MAX_ATTENTION_BYTES", 24)  # two images of 2 x 6 bytes
     assert gallery(runs, seed=0, max_images=1000)["attention"] == {"shown": 2, "left_out": 55}
 
@@ -72,13 +79,44 @@ def test_data_that_are_gone_leave_the_captions(runs):
 
 def test_each_picture_is_made_once_and_extra_ones_within_their_limit():
     thumbnails = Thumbnails(max_extra=1)
-    record = {"source": "emoji:concept", "index": 3}
-    assert [thumbnails.number(record), thumbnails.number(record)] == [0, 0]
-    numbers = [thumbnails.number(record | {"index": i}, extra=True) for i in (3, 4, 5, 4)]
+    source = open_source("emoji:concept")
+
+    def record(index):
+        return {"source": "emoji:concept", "index": index, "key": source[index].key}
+
+    assert [thumbnails.number(record(3)), thumbnails.number(record(3))] == [0, 0]
+    numbers = [thumbnails.number(record(i), extra=True) for i in (3, 4, 5, 4)]
     assert numbers == [0, 1, NONE, 1]
-    assert thumbnails.number({"source": "emoji:concept", "index": 10**6}) == NONE
     assert thumbnails.number({}) == NONE
-    assert len(thumbnails.images) == 2
+    assert (len(thumbnails.images), thumbnails.moved) == (2, 0)
+
+
+def test_a_picture_of_another_key_is_not_shown(runs):
+    for record in runs[0].captions["concept"]:  # as if a file before them had been deleted
+        record["index"] += 1
+    data = gallery(runs[:1], seed=0, max_images=1000)
+    assert (data["images"], data["moved"]) == ([], 30)
+    thumbnails = Thumbnails()
+    key = open_source("emoji:concept")[3].key
+    record = {"source": "emoji:concept", "index": 3, "key": f"{key}#3"}  # repeated there
+    assert thumbnails.number(record) == 0
+    assert thumbnails.number(record | {"key": f"{key}#4"}) == NONE
+    assert thumbnails.number(record | {"index": 10**6}) == NONE
+    assert thumbnails.moved == 2
+
+
+def test_nothing_agrees_with_references_that_are_not_there(runs):
+    records = runs[0].captions["concept"]
+    records[4]["references"] = []
+    (split,) = gallery(runs[:1], seed=0, max_images=1000)["splits"]
+    place, measures = split["keys"].index(records[4]["key"]), split["runs"][0]["measures"]
+    assert [measures[name][place] for name in ("exact_match", "unigram_f1")] == [None, None]
+    assert measures["logprob"][place] == -1
+    assert measures["exact_match"].count(None) == 1
+    for record in records:
+        record["references"] = []
+    (split,) = gallery(runs[:1], seed=0, max_images=1000)["splits"]
+    assert "exact_match" not in split["runs"][0]["measures"]
 
 
 def test_a_key_without_an_evaluation_has_no_measure(runs):
