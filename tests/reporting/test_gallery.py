@@ -61,6 +61,7 @@ def test_attention_is_of_the_caption_that_is_shown_and_within_its_limit(runs, mo
     assert gallery(runs, seed=0, max_images=1000)["attention"]["shown"] == 57
     runs[0].captions["concept"][5]["caption"] = "caption 5 and more"  # of which maps are a part
     assert gallery(runs, seed=0, max_images=1000)["attention"]["shown"] == 57
+    runs[0].captions["concept"][5]["caption"] = ""  # of no word
     key = runs[0].captions["concept"][5]["key"]
     maps = runs[0].attention["concept"]
     maps[key] = maps[key]._replace(words=[], weights=maps[key].weights[:0])
