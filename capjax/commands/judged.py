@@ -113,11 +113,11 @@ def _scores(
     """The measure and, of the captions that have references, the one with references."""
     name, texts = judging.measure, [record.caption for record in records]
     length = judge.embedder.config.text_length
-    cut_captions = _num_cut(judge, texts, judging.prompt, length)
-    if judging.prompt and 2 * cut_captions > len(texts):
+    prompt_tokens = judge.tokenizer.count(judging.prompt) if judging.prompt else 0
+    if 2 * prompt_tokens > length:
         reason = (
-            f"the judge reads {length} tokens, and {judging.prompt!r} with the caption has more in "
-            f"{cut_captions} of {len(texts)}: score without a prompt (judge_prompt empty)"
+            f"{prompt_tokens} of the {length} tokens that the judge reads are the prompt "
+            f"{judging.prompt!r}; score without one (judge_prompt empty)"
         )
         return Measured({}, skipped={name: reason, f"ref_{name}": reason})
     w = judging.w or WEIGHTS[name]
@@ -135,7 +135,7 @@ def _scores(
         "prompt": judging.prompt,
         "text_length": length,
         "judge_step": judge.step,
-        "cut_captions": cut_captions,
+        "cut_captions": _num_cut(judge, texts, judging.prompt, length),
         "cut_references": _num_cut(judge, reference_E, judging.prompt, length),
     }
     return Measured(

@@ -29,7 +29,7 @@ JUDGE = LoadedModel(towers(), params(), tokenizer(), PREPROCESSING, {}, step=3)
 
 
 def judged(judge=JUDGE, records=RECORDS, **fields):
-    return judge_captions(judge, records, IMAGES, batch_size=8, **fields)
+    return judge_captions(judge, records, IMAGES, **{"batch_size": 8, "prompt": "a ", **fields})
 
 
 def test_scores_by_hand():
@@ -75,6 +75,12 @@ def test_retrieval_reads_texts_without_the_prompt(tmp_path):
     again = read_measured(tmp_path / "val.json")
     assert again.metrics == found.metrics and again.keys == found.keys
     assert again.items["nearest_key"].tolist() == found.items["nearest_key"].tolist()
+
+
+def test_a_prompt_that_leaves_no_room():
+    found = judged(prompt="A photo depicts ", bag_sizes=(3,))
+    assert "of the 8 tokens that the judge reads are the prompt" in found.skipped["clip_score"]
+    assert "clip_score" not in found.metrics and "caption_to_image_r1" in found.metrics
 
 
 def test_a_mesh_gives_the_same():
