@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capjax.data import bags
-from capjax.data.bags import DUPLICATE, build_bags, read_bags, write_bags
+from capjax.data.bags import (
+    DUPLICATE,
+    build_bags,
+    build_bags_of_sizes,
+    read_bags,
+    write_bags,
+)
 from capjax.errors import UserError
 
 
@@ -71,6 +77,47 @@ def test_blocks_change_nothing(monkeypatch):
     assert len(expected) > 8
     monkeypatch.setattr(bags, "BLOCK", 7)
     assert build_bags(points, 4) == expected
+
+
+def one_by_one(unit, size, duplicate, least, same):
+    """Bags as they are defined, all cosines at hand."""
+    cosine = unit @ unit.T
+    alike = (cosine > duplicate) | (same[:, None] == same)
+    nearest = np.sort(np.where(alike, -1.0, cosine), axis=1)[:, 1 - size :]
+    free, found = set(range(len(unit))), []
+    for anchor in np.argsort(-nearest.mean(1), kind="stable").tolist():
+        bag = [anchor]
+        for row in sorted(free, key=lambda row: (-cosine[anchor, row], row)):
+            is_new = cosine[anchor, row] >= least and not alike[row, bag].any()
+            bag += [row] if is_new and len(bag) < size else []
+        if anchor in free and len(bag) == size:
+            free -= set(bag)
+            found.append(bag)
+    return found
+
+
+@pytest.mark.parametrize("spread", [1e-3, 0.3, 10.0])
+@pytest.mark.parametrize("neighbours", [1, 5, 32])
+def test_bags_of_several_sizes_as_defined(monkeypatch, neighbours, spread):
+    """However few neighbours are kept, and where float32 cannot tell them apart."""
+    monkeypatch.setattr(bags, "NEIGHBOURS", neighbours)
+    rng = np.random.default_rng(neighbours)
+    limits = (0.9, -1.0), (DUPLICATE, 0.8), (1 - 1e-6, -1.0), (1.1, 0.8), (1.1, -1.0)
+    for duplicate, least in limits:
+        points = rng.standard_normal((1, 8)) + spread * rng.integers(-1, 2, (60, 8))
+        points[:2] = rng.standard_normal((2, 8))
+        same = rng.integers(0, 50, 60)
+        found = build_bags_of_sizes(
+            points,
+            (2, 4, 61),
+            duplicate=duplicate,
+            min_similarity=least,
+            same_N=[f"n{number}" for number in same],
+        )
+        unit = bags._on_grid(points)
+        for size in (2, 4):
+            assert found[size] == one_by_one(unit, size, duplicate, least, same)
+        assert found[61] == []
 
 
 def test_bags_are_tighter_than_chance():
