@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from capjax.evaluation.intervals import Statistic, intervals, mean_of, share_of, values_of
 from capjax.evaluation.lexicon import Lexicon, mentions
 from capjax.evaluation.measured import Measured
 
@@ -49,38 +50,40 @@ def measure_hallucination(
             wrong = sum(name not in there_K for name in said_K)
             counts[kind][row] = len(said_K), wrong, len(there_K & {*said_K}), len(there_K)
     total_N4 = sum(counts.values(), np.zeros((len(captions), 4), np.int64))
-    metrics, skipped = _shares("mention", total_N4)
+    shares, skipped = _shares("mention", total_N4)
     if len(kinds) > 1:
         for kind, count_N4 in counts.items():
             found, missing = _shares(kind, count_N4)
-            metrics, skipped = metrics | found, skipped | missing
+            shares, skipped = shares | found, skipped | missing
     hallucinates_N = total_N4[:, 1] > 0
-    if "mention_precision" in metrics:
-        metrics["chair_i"] = 1 - metrics["mention_precision"]
+    if "mention_precision" in shares:
+        shares["chair_i"] = share_of(total_N4[:, 1], total_N4[:, 0])
     else:
         skipped["chair_i"] = NOTHING
+    shares["chair_s"] = mean_of(hallucinates_N)
     return Measured(
-        metrics | {"chair_s": float(hallucinates_N.mean())},
+        values_of(shares),
         {
             "num_mentions": total_N4[:, 0],
             "num_hallucinated": total_N4[:, 1],
             "chair_s": hallucinates_N.astype(float),
         },
         tuple(keys),
-        skipped=skipped,
+        intervals(shares),
+        skipped,
     )
 
 
-def _shares(name: str, counts_N4: np.ndarray) -> tuple[dict[str, float], dict[str, str]]:
+def _shares(name: str, counts_N4: np.ndarray) -> tuple[dict[str, Statistic], dict[str, str]]:
     """Precision and recall, and why there is none."""
-    said, wrong, right, there = counts_N4.sum(0).tolist()
-    metrics, skipped = {}, {}
-    if said:
-        metrics[f"{name}_precision"] = 1 - wrong / said
+    said_N, wrong_N, right_N, there_N = counts_N4.T
+    shares, skipped = {}, {}
+    if said_N.any():
+        shares[f"{name}_precision"] = share_of(said_N - wrong_N, said_N)
     else:
         skipped[f"{name}_precision"] = NOTHING
-    if there:
-        metrics[f"{name}_recall"] = right / there
+    if there_N.any():
+        shares[f"{name}_recall"] = share_of(right_N, there_N)
     else:
         skipped[f"{name}_recall"] = "nothing of the lexicon is there"
-    return metrics, skipped
+    return shares, skipped

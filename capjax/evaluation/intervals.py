@@ -49,8 +49,17 @@ class Difference(NamedTuple):
 def mean_of(values: np.ndarray) -> Statistic:
     """The mean of the items that are not NaN; NaN where none is."""
     has_value = ~np.isnan(values)
-    rows = np.stack([np.where(has_value, values, 0.0), has_value.astype(np.float64)], axis=1)
-    return Statistic(rows, _ratio)
+    return share_of(np.where(has_value, values, 0.0), has_value)
+
+
+def share_of(parts: np.ndarray, wholes: np.ndarray) -> Statistic:
+    """The sum of the items' parts / the sum of their wholes; NaN where that is 0."""
+    return Statistic(np.stack([parts, wholes], axis=1).astype(np.float64), _ratio)
+
+
+def values_of(statistics: Mapping[str, Statistic]) -> dict[str, float]:
+    """The figures of the whole set."""
+    return {name: statistic.value for name, statistic in statistics.items()}
 
 
 def intervals(

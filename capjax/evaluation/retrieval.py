@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from capjax.data.tokenizer import PAD_ID
 from capjax.dims import Array, Params
 from capjax.errors import UserError
+from capjax.evaluation.intervals import intervals, mean_of, values_of
 from capjax.evaluation.measured import Measured
 from capjax.evaluation.ranking import nearest, rank_best_pairs, rank_pairs
 from capjax.mesh import place_batch
@@ -127,26 +128,27 @@ def measure_retrieval(
         "image_to_text": (image_ND, text_MD, image_E, text_E),
         "text_to_image": (text_MD, image_ND, text_E, image_E),
     }
-    metrics, ranks_of = {}, {}
+    metrics, bounds, ranks_of = {}, {}, {}
     for way, (queries_ND, targets_MD, query_E, target_E) in ways.items():
         ranking = rank_pairs(queries_ND, targets_MD, query_E, target_E, mesh)
         rank_N = 1 + _least(ranking.better_E, query_E, len(queries_ND))
         lenient_N = 1 + _least(ranking.strictly_E, query_E, len(queries_ND))
         precision_N, average_N = precision_at_r(ranking.better_E, query_E, len(queries_ND))
         ranks_of[way] = rank_N
-        metrics |= {f"{way}_r{k}": float((rank_N <= k).mean()) for k in RECALLS}
-        metrics |= {
-            f"{way}_r1_ties_as_hits": float((lenient_N <= 1).mean()),
-            f"{way}_tie_rate": float((lenient_N < rank_N).mean()),
-            f"{way}_r_precision": float(precision_N.mean()),
-            f"{way}_map_at_r": float(average_N.mean()),
+        shares = {f"{way}_r{k}": mean_of(rank_N <= k) for k in RECALLS} | {
+            f"{way}_r1_ties_as_hits": mean_of(lenient_N <= 1),
+            f"{way}_tie_rate": mean_of(lenient_N < rank_N),
+            f"{way}_r_precision": mean_of(precision_N),
+            f"{way}_map_at_r": mean_of(average_N),
         }
+        metrics |= values_of(shares)
+        bounds |= intervals(shares)  # of images, or of texts, drawn again
     items: dict[str, np.ndarray] = {"image_to_text_rank": ranks_of["image_to_text"]}
     if texts is not None:
         wrong_N = nearest_wrong(image_ND, text_MD, image_E, text_E, mesh)
         names = [texts[wrong] if wrong >= 0 else "" for wrong in wrong_N]
         items["image_to_text_nearest"] = np.array(names, object)
-    return Measured(metrics, items, tuple(keys), notes={"retrieval_ties": TIES})
+    return Measured(metrics, items, tuple(keys), bounds, notes={"retrieval_ties": TIES})
 
 
 def precision_at_r(

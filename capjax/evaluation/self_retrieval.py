@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from capjax.errors import UserError
+from capjax.evaluation.intervals import Statistic, intervals, mean_of, share_of, values_of
 from capjax.evaluation.measured import Measured
 from capjax.evaluation.ranking import group_similarities, rank_pairs
 from capjax.evaluation.retrieval import RECALLS, TIES, nearest_wrong
@@ -31,26 +32,26 @@ def caption_to_image(
     """Each caption against all images.
 
     Metrics: caption_to_image_r1, _r5, _r10, _r1_ties_as_hits, _tie_rate (the share of the captions
-    that are as similar to another image as to theirs) and _median_rank. Items:
-    caption_to_image_rank, and nearest_key: the most similar image that is not the caption's.
+    that are as similar to another image as to theirs) and _median_rank, which has no interval.
+    Items: caption_to_image_rank, and nearest_key: the most similar image that is not the caption's.
     """
     row_N = np.arange(len(caption_ND))
     ranking = rank_pairs(caption_ND, image_ND, row_N, row_N, mesh)
     rank_N = 1 + ranking.better_E
     wrong_N = nearest_wrong(caption_ND, image_ND, row_N, row_N, mesh)
     name = "caption_to_image"
+    shares = {f"{name}_r{k}": mean_of(rank_N <= k) for k in RECALLS} | {
+        f"{name}_r1_ties_as_hits": mean_of(ranking.strictly_E == 0),
+        f"{name}_tie_rate": mean_of(ranking.strictly_E < ranking.better_E),
+    }
     return Measured(
-        {f"{name}_r{k}": float((rank_N <= k).mean()) for k in RECALLS}
-        | {
-            f"{name}_r1_ties_as_hits": float((ranking.strictly_E == 0).mean()),
-            f"{name}_tie_rate": float((ranking.strictly_E < ranking.better_E).mean()),
-            f"{name}_median_rank": float(np.median(rank_N)),
-        },
+        values_of(shares) | {f"{name}_median_rank": float(np.median(rank_N))},
         {
             f"{name}_rank": rank_N,
             "nearest_key": np.array([keys[i] if i >= 0 else "" for i in wrong_N], object),
         },
         tuple(keys),
+        intervals(shares),
         notes={"self_retrieval_ties": TIES},
     )
 
@@ -81,13 +82,16 @@ def random_distractors(
         hit_GJ, lenient_GJ = _hits_in_groups(caption_ND, image_ND, groups_GJ)
         hits_SN[shuffle, order] = hit_GJ.reshape(-1)[:total]
         lenient_SN[shuffle, order] = lenient_GJ.reshape(-1)[:total]
+    of_all_N = np.full(total, num_shuffles)
+    shares = {
+        "rd100_r1": share_of(hits_SN.sum(0), of_all_N),
+        "rd100_r1_ties_as_hits": share_of(lenient_SN.sum(0), of_all_N),
+    }
     return Measured(
-        {
-            "rd100_r1": float(hits_SN.mean()),
-            "rd100_r1_ties_as_hits": float(lenient_SN.mean()),
-        },
+        values_of(shares),
         {"rd100_r1": hits_SN.mean(0)},
         tuple(keys),
+        intervals(shares),
         notes={
             "rd100_seeds": [seed, seed + num_shuffles - 1],
             "rd100_deviation_over_seeds": float(hits_SN.mean(1).std()),
@@ -110,8 +114,8 @@ def bags(
     image twice.
     """
     row_of = {key: row for row, key in enumerate(keys)}
-    metrics: dict[str, float] = {}
-    items, skipped = {}, {}
+    shares: dict[str, Statistic] = {}
+    counts, items, skipped = {}, {}, {}
     for size, found in bags_of.items():
         name = f"bags_{size}"
         if not found:
@@ -122,12 +126,18 @@ def bags(
         if len(np.unique(groups_GJ)) == groups_GJ.size:
             items[f"{name}_r1"] = np.full(len(keys), np.nan)
             items[f"{name}_r1"][groups_GJ] = hit_GJ
-        metrics |= {
-            f"{name}_r1": float(hit_GJ.mean()),
-            f"{name}_r1_ties_as_hits": float(lenient_GJ.mean()),
-            f"{name}_count": float(len(found)),
-        }
-    return Measured(metrics, items, tuple(keys) if items else (), skipped=skipped)
+        total, in_bags_N = len(keys), np.bincount(groups_GJ.ravel(), minlength=len(keys))
+        for metric, of_bags_GJ in (("r1", hit_GJ), ("r1_ties_as_hits", lenient_GJ)):
+            hits_N = np.bincount(groups_GJ.ravel(), of_bags_GJ.ravel(), total)
+            shares[f"{name}_{metric}"] = share_of(hits_N, in_bags_N)
+        counts[f"{name}_count"] = float(len(found))
+    return Measured(
+        values_of(shares) | counts,
+        items,
+        tuple(keys) if items else (),
+        intervals(shares),
+        skipped,
+    )
 
 
 def among_candidates(
@@ -139,13 +149,9 @@ def among_candidates(
     """
     similarity_GJ = group_similarities(caption_GD[:, None], candidates_GJD)[:, 0]
     hit_G, lenient_G = _hits(similarity_GJ, target_G)
+    shares = {"imagecode_r1": mean_of(hit_G), "imagecode_r1_ties_as_hits": mean_of(lenient_G)}
     return Measured(
-        {
-            "imagecode_r1": float(hit_G.mean()),
-            "imagecode_r1_ties_as_hits": float(lenient_G.mean()),
-        },
-        {"imagecode_r1": hit_G.astype(float)},
-        tuple(keys),
+        values_of(shares), {"imagecode_r1": hit_G.astype(float)}, tuple(keys), intervals(shares)
     )
 
 

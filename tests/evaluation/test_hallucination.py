@@ -50,6 +50,8 @@ def test_vector(coco):
     assert found.metrics["chair_s"] == 0.5
     np.testing.assert_allclose(found.metrics["mention_precision"], 2 / 3)
     assert found.metrics["mention_recall"] == 1
+    assert found.intervals.keys() == found.metrics.keys()
+    assert found.intervals["chair_i"] == (0, 0.5)  # of the second caption twice, of the first
     assert found.items["num_mentions"].tolist() == [2, 1]
     assert found.items["num_hallucinated"].tolist() == [1, 0]
     # What the annotations name is there too, and each mention counts.

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from capjax.evaluation import intervals
-from capjax.evaluation.intervals import Statistic, compare, mean_of
+from capjax.evaluation.intervals import Statistic, compare, mean_of, share_of
 
 
 def test_a_mean_has_the_interval_of_the_normal_law():
@@ -15,6 +15,19 @@ def test_a_mean_has_the_interval_of_the_normal_law():
     half = 1.96 * values.std() / 20
     assert low == pytest.approx(values.mean() - half, abs=0.03)
     assert high == pytest.approx(values.mean() + half, abs=0.03)
+
+
+def test_a_share_of_sums_has_the_interval_of_the_delta_method():
+    rng = np.random.default_rng(0)
+    wholes = rng.integers(0, 5, 400)
+    parts = rng.binomial(wholes, 0.3)
+    statistic = share_of(parts, wholes)
+    assert statistic.value == parts.sum() / wholes.sum()
+    low, high = intervals.intervals({"x": statistic}, num_samples=4000)["x"]
+    half = 1.96 * (parts - statistic.value * wholes).std() / wholes.mean() / 20
+    assert low == pytest.approx(statistic.value - half, abs=0.004)
+    assert high == pytest.approx(statistic.value + half, abs=0.004)
+    assert np.isnan(share_of(np.zeros(3), np.zeros(3)).value)
 
 
 def test_the_same_seed_gives_the_same_interval_in_blocks_of_any_size(monkeypatch):

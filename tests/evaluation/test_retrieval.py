@@ -149,6 +149,11 @@ def test_several_captions_an_image():
     np.testing.assert_allclose(found.metrics["image_to_text_r_precision"], (0.5 + 0.5 + 1) / 3)
     np.testing.assert_allclose(found.metrics["image_to_text_map_at_r"], (0.5 + 0.5 + 1) / 3)
     np.testing.assert_array_equal(found.items["image_to_text_rank"], [1, 1, 1])
+    assert found.intervals.keys() == found.metrics.keys()
+    assert found.intervals["image_to_text_r1"] == (1, 1)
+    # Of five texts, not of three images.
+    hits = np.random.default_rng(0).binomial(5, 3 / 5, 100_000) / 5
+    assert found.intervals["text_to_image_r1"] == tuple(np.quantile(hits, [0.025, 0.975]))
     assert found.items["image_to_text_nearest"].tolist() == ["d", "e", "a"]
     assert found.keys == ("x", "y", "z")
 

@@ -92,6 +92,37 @@ def test_bags_by_hand():
     assert twice.metrics["bags_2_r1"] == 0.75 and not twice.items
 
 
+def test_shares_have_intervals():
+    """As wide as the normal law says of so many captions; the median has none."""
+    captions, images = near(0.9)
+    parts = {
+        **dict.fromkeys(
+            ("caption_to_image_r1", "caption_to_image_r1_ties_as_hits"),
+            caption_to_image(captions, images, keys(130)),
+        ),
+        "rd100_r1": random_distractors(captions, images, keys(130)),
+        "bags_10_r1": bags(
+            captions, images, keys(130), {10: np.reshape(keys(130), (13, 10)).tolist()}
+        ),
+        "imagecode_r1": among_candidates(
+            captions, np.stack([images[:10]] * 130), np.arange(130) % 10, keys(130)
+        ),
+    }
+    for name, found in parts.items():
+        low, high = found.intervals[name]
+        values = found.items.get(name)
+        hit = found.metrics[name]
+        deviation = np.sqrt(hit * (1 - hit)) if values is None else values.std()
+        expected = hit + np.array([-1, 1]) * 1.96 * deviation / np.sqrt(130)
+        np.testing.assert_allclose([low, high], expected, atol=0.02, err_msg=name)
+        shares = {metric for metric in found.metrics if not metric.endswith(("_rank", "_count"))}
+        assert found.intervals.keys() == shares
+    # Of bags that overlap images are drawn: b stands or falls with all its captions.
+    three = np.array([[1, 0, 0], [0, 1, 0], [1, 0, 0.0]])
+    found = bags(three, np.eye(3), "abc", {2: [["a", "b"], ["b", "c"]]})
+    assert found.metrics["bags_2_r1"] == 0.75 and found.intervals["bags_2_r1"] == (0.0, 1.0)
+
+
 def test_bags_of_other_images():
     images = np.eye(3)
     with pytest.raises(UserError, match=r"no caption for \['z'\]"):
