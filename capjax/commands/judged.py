@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from capjax.data.bags import build_bags
+from capjax.data.bags import build_bags_of_sizes
 from capjax.data.captions import clean_text
 from capjax.decoding.inputs import ImageLike
 from capjax.decoding.loaded_model import LoadedModel
 from capjax.errors import UserError
+from capjax.evaluation.intervals import intervals, mean_of
 from capjax.evaluation.measured import Measured, join
 from capjax.evaluation.retrieval import measure_retrieval
 from capjax.evaluation.self_retrieval import bags, caption_to_image, random_distractors
@@ -82,7 +83,7 @@ def judge_captions(
     row_E = np.repeat(np.arange(len(records)), [len(record.references) for record in records])
     if bags_of is None:
         same_N = [record.references[0] if record.references else record.key for record in records]
-        built = {size: build_bags(image_ND, size, same_N=same_N) for size in judging.bag_sizes}
+        built = build_bags_of_sizes(image_ND, judging.bag_sizes, same_N=same_N)
         bags_of = {
             size: [[keys[row] for row in bag] for bag in found] for size, found in built.items()
         }
@@ -142,6 +143,7 @@ def _scores(
         {metric: float(np.nanmean(values)) for metric, values in items.items()},
         items,
         tuple(record.key for record in records),
+        intervals=intervals({metric: mean_of(values) for metric, values in items.items()}),
         skipped=skipped,
         notes={f"{name}_{field}": value for field, value in notes.items()},
     )
