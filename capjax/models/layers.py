@@ -208,7 +208,16 @@ def _matmul(spec: P, num_in: int, x_RD: Array, kernel: Array) -> Array:
     rows = jax.typeof(x_RD).sharding.spec[0]
     _, out_axis = _merged(gathered(spec), num_in)
     kernel_DF = _used(spec, num_in, x_RD, kernel)
-    return jnp.dot(x_RD, kernel_DF, out_sharding=out_sharding(P(rows, out_axis)))
+    return _dot(x_RD, kernel_DF, P(rows, out_axis))
+
+
+def _dot(x: Array, y: Array, spec: P) -> Array:
+    """The product, in the type of its factors, laid out as `spec`."""
+    # XLA:CPU multiplies bfloat16 into float32 in half the time that it takes into bfloat16. Rounded
+    # afterwards it is the same: sums are of float32 either way.
+    wide = jnp.float32 if platform() == "cpu" else None
+    product = jnp.dot(x, y, preferred_element_type=wide, out_sharding=out_sharding(spec))
+    return product.astype(x.dtype)
 
 
 def _matmul_forward(spec, num_in, x_RD, kernel):
@@ -220,13 +229,12 @@ def _matmul_backward(spec, num_in, residuals, dy_RF):
     rows = jax.typeof(x_RD).sharding.spec[0]
     in_axis, _ = _merged(gathered(spec), num_in)
     kernel_DF = _used(spec, num_in, x_RD, kernel)
-    dx_RD = jnp.dot(dy_RF, kernel_DF.T, out_sharding=out_sharding(P(rows, in_axis)))
+    dx_RD = _dot(dy_RF, kernel_DF.T, P(rows, in_axis))
     stored = _merged(spec, num_in)
     if stored[1] == "fsdp":  # formed transposed: a compiler deals out the parts of the first axis
-        transposed = out_sharding(P(stored[1], stored[0]))
-        dkernel_DF = jnp.dot(dy_RF.T, x_RD, out_sharding=transposed).T
+        dkernel_DF = _dot(dy_RF.T, x_RD, P(stored[1], stored[0])).T
     else:
-        dkernel_DF = jnp.dot(x_RD.T, dy_RF, out_sharding=out_sharding(stored))
+        dkernel_DF = _dot(x_RD.T, dy_RF, stored)
     return dx_RD, _reshape(dkernel_DF, kernel.shape, spec).astype(kernel.dtype)
 
 
