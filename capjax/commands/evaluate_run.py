@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{root} has no splits to evaluate; give --split=NAME=SOURCE")
     if not (loaded.towers.generator or loaded.towers.embedder):
         raise UserError(f"{root} holds an image encoder alone; expected captions or embeddings")
+    loaded.tokenizer  # noqa: B018 (raises where it has none)
     opened = {name: (source, open_source(source)) for name, source in splits.items()}
     batch_size = args.batch_size or config.evaluate.batch_size
     mesh = build_mesh(config)
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     found: dict[str, dict[str, float]] = {}
     with contextlib.ExitStack() as stack:
         # What was measured is said and kept, whatever becomes of the rest.
-        stack.callback(lambda: found and _say(_table(found, loaded.step)))
+        stack.callback(lambda: any(found.values()) and _say(_table(found, loaded.step)))
         keep = _keeper(root, loaded.step, stack)
         for name, split in opened.items():
             found[name] = keep(name, evaluation.split(name, split, model))

@@ -164,9 +164,9 @@ class ShardDirectory:
             kept = json.loads(path.read_text())
         except ValueError as error:
             raise UserError(f"{path} is damaged ({error}); choose another --output") from error
-        # An option that did not exist when the job was begun was what it is by default.
-        defaults = json.loads(json.dumps(dataclasses.asdict(DecodingOptions())))
-        kept["options"] = defaults | kept.get("options", {})
+        if "options" in kept:  # one that did not exist when the job was begun is as by default
+            defaults = json.loads(json.dumps(dataclasses.asdict(DecodingOptions())))
+            kept["options"] = defaults | kept["options"]
         if changes := config_changes(kept, self.job):
             listed = "; ".join(f"{field}: {change}" for field, change in changes.items())
             raise UserError(

@@ -179,7 +179,7 @@ def test_a_busy_device_is_503_and_a_slow_one_504(captioner, pictures, monkeypatc
         gate.set()
         return [*answers, await client.post("/caption", content=pictures[0])]
 
-    answers = talk(captioner, conversation, max_requests=3, timeout_s=1.0)
+    answers = talk(captioner, conversation, max_requests=3, max_requests_of_client=3, timeout_s=1.0)
     assert sorted(answer.status_code for answer in answers[:5]) == [503, 503, 504, 504, 504]
     assert answers[5].status_code == 200
     for answer in answers[:5]:
