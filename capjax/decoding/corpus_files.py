@@ -166,7 +166,9 @@ class ShardDirectory:
             raise UserError(f"{path} is damaged ({error}); choose another --output") from error
         if "options" in kept:  # one that did not exist when the job was begun is as by default
             defaults = json.loads(json.dumps(dataclasses.asdict(DecodingOptions())))
-            kept["options"] = defaults | kept["options"]
+            asked = self.job.get("options", {})
+            filled = {name: defaults[name] for name in asked if name in defaults}
+            kept["options"] = filled | kept["options"]
         if changes := config_changes(kept, self.job):
             listed = "; ".join(f"{field}: {change}" for field, change in changes.items())
             raise UserError(

@@ -141,10 +141,10 @@ class Service:
         if wait:
             seconds = str(int(wait) + 1)
             raise HTTPException(429, "too many requests; slow down", {"Retry-After": seconds})
-        if self._in_progress[client] >= self._limits.max_requests_of_client:
-            raise HTTPException(429, "too many of your requests wait here", {"Retry-After": "1"})
         if self._in_progress.total() >= self._limits.max_requests:
             raise HTTPException(503, "too many requests wait here", {"Retry-After": "1"})
+        if self._in_progress[client] >= self._limits.max_requests_of_client:
+            raise HTTPException(429, "too many of your requests wait here", {"Retry-After": "1"})
         self._in_progress[client] += 1
         try:
             return await self._record(request)

@@ -178,6 +178,10 @@ def test_processes_share_the_shards_and_the_last_completes_the_manifest(tmp_path
 def test_another_job_or_other_files_are_refused(tmp_path):
     opened(tmp_path / "a").close()
     before = contents(tmp_path / "a")
+    # An option of a newer version was, when the job was begun, what it is by default.
+    opened(tmp_path / "a", {"options": {"top_k": 0, "draft_length": 0}, "seed": 1}).close()
+    with pytest.raises(UserError, match=r"options.draft_length: 0 -> 3"):
+        opened(tmp_path / "a", {"options": {"top_k": 0, "draft_length": 3}, "seed": 1})
     with pytest.raises(UserError, match=r"another job \(options.top_k: 0 -> 5; seed: 1 -> 2\)"):
         opened(tmp_path / "a", {"options": {"top_k": 5}, "seed": 2})
     assert contents(tmp_path / "a") == before
