@@ -213,8 +213,8 @@ def _matmul(spec: P, num_in: int, x_RD: Array, kernel: Array) -> Array:
 
 def _dot(x: Array, y: Array, spec: P) -> Array:
     """The product, in the type of its factors, laid out as `spec`."""
-    # XLA:CPU multiplies bfloat16 into float32 in half the time that it takes into bfloat16. Rounded
-    # afterwards it is the same: sums are of float32 either way.
+    # XLA:CPU is slow at products straight into bfloat16 (docs/performance.md, "Decoding"). Rounded
+    # afterwards they are the same: sums are of float32 either way.
     wide = jnp.float32 if platform() == "cpu" else None
     product = jnp.dot(x, y, preferred_element_type=wide, out_sharding=out_sharding(spec))
     return product.astype(x.dtype)
