@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -165,20 +165,41 @@ class Maker:
         return self.num_rows, size, size, 3
 
 
+class Row(NamedTuple):
+    """A row of a training batch before its texts are encoded, in at most `length` tokens each."""
+
+    index: int  # of the example in the source
+    image: np.ndarray
+    texts: Sequence[str]
+    length: int
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainMaker(Maker):
     augment: Augment
     seed: int
     start: int
+    with_index: bool = False
 
     def __call__(self, step: int) -> dict[str, Any]:
         first = self.start + step * self.batch_size + self.first_row
+        bad: list[BadRecord] = []
+        rows = [self._row(first + row, bad) for row in range(self.num_rows)]
+        batch = self._batch(first, rows, bad)
+        if self.with_index:
+            batch["index"] = np.array([row.index for row in rows], np.int32)
+            batch["mask"] = np.ones(self.num_rows, np.bool_)
+            batch["bag"] = np.zeros(self.num_rows, np.int32)
+        return batch
+
+    def _batch(self, first: int, rows: Sequence[Row], bad: list[BadRecord]) -> dict[str, Any]:
+        """The rows from position `first` on as arrays."""
         batch_images = np.empty(self.images_shape(), np.uint8)
-        texts, lengths, bad = [], [], []
-        for row in range(self.num_rows):
-            batch_images[row], captions, length = self._pair(first + row, bad)
-            texts += captions
-            lengths += [length] * len(captions)
+        texts, lengths = [], []
+        for number, row in enumerate(rows):
+            batch_images[number] = row.image
+            texts += row.texts
+            lengths += [row.length] * len(row.texts)
         tokens = self._encode(texts, np.array(lengths))
         if self.captions.per_image > 1:
             tokens = tokens.reshape(self.num_rows, self.captions.per_image, self.text_length)
@@ -190,30 +211,36 @@ class TrainMaker(Maker):
             _BAD: bad,
         }
 
-    def _pair(self, position: int, bad: list[BadRecord]) -> tuple[np.ndarray, list[str], int]:
-        """Image, captions and their greatest number of tokens at a position.
-
-        What could not be used on the way is added to `bad`.
-        """
+    def _row(self, position: int, bad: list[BadRecord]) -> Row:
+        """What stands at a position. What could not be used on the way is added to `bad`."""
         first, part, seed, own_position, dataset = self._place(position)
         num_examples = len(part)
-        length = min(self.captions.of(dataset).max_tokens or self.text_length, self.text_length)
         index = first + block_example_index(seed, own_position, num_examples, block_size(part))
         for attempt in range(1, _MAX_ATTEMPTS + 1):
-            try:
-                example, image = self.images.read(index)
-                rng = position_rng(self.seed, position)
-                texts = choose_captions(example, self.captions, rng, dataset)
-                text = " ".join(texts)
-                image = augment_image(image, text, self.preprocessing, self.augment, rng)
-                return image, texts, length
-            except (CorruptRecord, ImageError, NoCaption) as error:
-                bad.append(BadRecord(position, index, bad_reason(error), str(error)))
-                index = first + substitute_index(seed, position, attempt, num_examples)
+            row = self._use(index, position, dataset, bad)
+            if row is not None:
+                return row
+            index = first + substitute_index(seed, position, attempt, num_examples)
         raise DataError(
             f"{_MAX_ATTEMPTS} examples in a row cannot be used at position {position} of "
             f"{self.images.source!r}; the last: {bad[-1].detail}"
         )
+
+    def _use(self, index: int, position: int, dataset: str, bad: list[BadRecord]) -> Row | None:
+        """The example of this index at a position; None, and one more in `bad`, if it is bad."""
+        try:
+            example, image = self.images.read(index)
+            rng = position_rng(self.seed, position)
+            texts = choose_captions(example, self.captions, rng, dataset)
+            image = augment_image(image, " ".join(texts), self.preprocessing, self.augment, rng)
+        except (CorruptRecord, ImageError, NoCaption) as error:
+            bad.append(BadRecord(position, index, bad_reason(error), str(error)))
+            return None
+        return Row(index, image, texts, self._length(dataset))
+
+    def _length(self, dataset: str) -> int:
+        """The greatest number of tokens of a caption of that source of the mixture."""
+        return min(self.captions.of(dataset).max_tokens or self.text_length, self.text_length)
 
     def _encode(self, texts: list[str], lengths: np.ndarray) -> np.ndarray:
         """int32 [N, text_length]: each text in at most its length of tokens."""

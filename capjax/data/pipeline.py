@@ -82,6 +82,7 @@ def train_batches(
     batch_size: int,
     seed: int,
     start: int = 0,
+    with_index: bool = False,
     process_index: int = 0,
     process_count: int = 1,
     reading: Reading = Reading(),
@@ -92,7 +93,8 @@ def train_batches(
 
     Each batch: `image` uint8 [R, S, S, 3], `tokens` int32 [R, text_length] (or [R, K, text_length]
     for K = captions.per_image > 1), `position` uint32 [R] (modulo 2^32), R = batch_size /
-    process_count. Seeking costs nothing. Memory:
+    process_count. `with_index` adds `index` int32 [R] (of the example in the source), `mask` bool
+    [R] (all True) and `bag` int32 [R] (all 0: the batch is one bag). Seeking costs nothing. Memory:
     max(prefetch, num_threads) batches in each reading process, and the cache.
     `on_bad` is given the bad records of each batch. Raises `UserError` for impossible settings now,
     and `DataError` from the iterator.
@@ -116,6 +118,7 @@ def train_batches(
         augment=augment,
         seed=seed,
         start=start,
+        with_index=with_index,
     )
     return Batches(_read(make_batch, _ENDLESS, reading), bad_budget, repr(source), on_bad)
 

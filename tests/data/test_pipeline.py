@@ -120,6 +120,18 @@ def test_a_batch_is_what_the_interface_says():
     }
 
 
+def test_a_batch_with_the_index_is_otherwise_the_same():
+    plain = take(stream(Source(50, BAD), bad_budget=1.0), 10)
+    batches = stream(Source(50, BAD), bad_budget=1.0, with_index=True, augment=Augment())
+    taken = take(batches, 10)
+    assert taken["index"].tolist() == example_ids(taken)  # of those that stand in for bad ones too
+    assert (taken["index"].dtype, taken["bag"].dtype) == (np.int32, np.int32)
+    assert taken["mask"].all()
+    assert not taken["bag"].any()
+    np.testing.assert_array_equal(taken["tokens"], plain["tokens"])
+    np.testing.assert_array_equal(taken["position"], plain["position"])
+
+
 def test_several_captions_an_image_lie_side_by_side():
     one = take(stream(Source(5), augment=Augment()), 3)
     two = take(stream(Source(5), augment=Augment(), captions=CaptionChoice(per_image=2)), 3)
