@@ -13,6 +13,7 @@ from capjax.checkpoint.digest import digest_lanes, to_hex
 from capjax.checkpoint.files import STATE, Damage, first_of, quiet_orbax, reason
 from capjax.dims import Array
 from capjax.errors import UserError
+from capjax.training.patterns import nested
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
@@ -28,18 +29,6 @@ def named_leaves(tree: Any) -> dict[str, Any]:
             raise ValueError(f"two leaves of the state are named {name}")
         leaves[name] = leaf
     return leaves
-
-
-def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `named_leaves` for nested dicts: `{"a/b": x}` -> `{"a": {"b": x}}`."""
-    tree: dict[str, Any] = {}
-    for name, leaf in leaves.items():
-        *parents, last = name.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
 
 
 def is_key(leaf: Any) -> bool:

@@ -20,7 +20,6 @@ from capjax.checkpoint.arrays import (
     check_digests,
     check_fit,
     named_leaves,
-    nested,
     read_arrays,
     state_handler,
     stored_bytes,
@@ -45,6 +44,7 @@ from capjax.checkpoint.metadata import RunInfo, run_metadata, step_metadata
 from capjax.checkpoint.reading import all_damaged, warn
 from capjax.dims import Array
 from capjax.errors import UserError
+from capjax.training.patterns import nested
 from capjax.training.workdir import require_free_space, write_atomic
 
 State = TypeVar("State")

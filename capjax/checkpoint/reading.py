@@ -10,7 +10,6 @@ from etils import epath
 from capjax.checkpoint.arrays import (
     check_digests,
     digest_problems,
-    nested,
     on_one_device,
     read_arrays,
 )
@@ -26,6 +25,7 @@ from capjax.checkpoint.files import (
 )
 from capjax.dims import Params
 from capjax.errors import UserError
+from capjax.training.patterns import nested
 
 
 class LoadedCheckpoint(NamedTuple):

@@ -8,9 +8,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from capjax.checkpoint import Checkpointer, RunInfo
-from capjax.checkpoint.arrays import nested
 from capjax.mesh import MeshShape, make_mesh, out_sharding
 from capjax.training.optimizer import OptimizerConfig, make_optimizer
+from capjax.training.patterns import nested
 from capjax.training.state import init_state
 
 SPECS = {
