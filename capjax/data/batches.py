@@ -15,6 +15,7 @@ import numpy as np
 
 from capjax.data.augmentation import Augment, augment_image
 from capjax.data.captions import CaptionChoice, NoCaption, choose_captions, first_caption
+from capjax.data.curriculum import BagOrder
 from capjax.data.decode import ImageError, decode_image
 from capjax.data.images import ImagePreprocessing
 from capjax.data.mixture import Mixture, MixtureOrder
@@ -179,7 +180,7 @@ class TrainMaker(Maker):
     augment: Augment
     seed: int
     start: int
-    with_index: bool = False
+    with_index: bool
 
     def __call__(self, step: int) -> dict[str, Any]:
         first = self.start + step * self.batch_size + self.first_row
@@ -264,6 +265,34 @@ class TrainMaker(Maker):
     def _order(self) -> MixtureOrder:
         assert isinstance(self.images.source, Mixture)
         return self.images.source.order(self.seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class BagMaker(TrainMaker):
+    """Rows in an order of bags. No other example stands in for a bad one: its row is masked."""
+
+    order: BagOrder
+
+    def __call__(self, step: int) -> dict[str, Any]:
+        first = self.start + step * self.batch_size + self.first_row
+        index_R, mask_R, bag_R = self.order.rows(
+            self.start // self.batch_size + step,
+            self.first_row // self.num_rows,
+            self.batch_size // self.num_rows,
+        )
+        size = self.preprocessing.image_size
+        blank = np.zeros((size, size, 3), np.uint8)
+        rows, bad = [], []
+        for number, index in enumerate(index_R.tolist()):
+            row = None
+            if mask_R[number]:
+                source = self.images.source
+                dataset = source.name_at(index) if isinstance(source, Mixture) else ""
+                row = self._use(index, first + number, dataset, bad)
+                mask_R[number] = row is not None
+            rows.append(row or Row(index, blank, [""] * self.captions.per_image, self.text_length))
+        beside = {"index": index_R, "mask": mask_R, "bag": bag_R}
+        return self._batch(first, rows, bad) | beside
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ from absl import flags
 from capjax.data.augmentation import Augment
 from capjax.data.batches import (
     BadRecord,
+    BagMaker,
     Batches,
     DataError,
     DecodedImages,
@@ -30,6 +31,7 @@ from capjax.data.batches import (
     TrainMaker,
 )
 from capjax.data.captions import CaptionChoice
+from capjax.data.curriculum import BagOrder
 from capjax.data.images import ImagePreprocessing
 from capjax.data.processes import die_with_parent
 from capjax.data.sources import Source
@@ -83,6 +85,7 @@ def train_batches(
     seed: int,
     start: int = 0,
     with_index: bool = False,
+    bags: BagOrder | None = None,
     process_index: int = 0,
     process_count: int = 1,
     reading: Reading = Reading(),
@@ -94,8 +97,9 @@ def train_batches(
     Each batch: `image` uint8 [R, S, S, 3], `tokens` int32 [R, text_length] (or [R, K, text_length]
     for K = captions.per_image > 1), `position` uint32 [R] (modulo 2^32), R = batch_size /
     process_count. `with_index` adds `index` int32 [R] (of the example in the source), `mask` bool
-    [R] (all True) and `bag` int32 [R] (all 0: the batch is one bag). Seeking costs nothing. Memory:
-    max(prefetch, num_threads) batches in each reading process, and the cache.
+    [R] (all True) and `bag` int32 [R] (all 0: the batch is one bag). With `bags` the rows are in
+    that order and the three are as in `BagRows`; rows of bad examples are masked too. Seeking costs
+    nothing. Memory: max(prefetch, num_threads) batches in each reading process, and the cache.
     `on_bad` is given the bad records of each batch. Raises `UserError` for impossible settings now,
     and `DataError` from the iterator.
     """
@@ -105,21 +109,24 @@ def train_batches(
             f"start={start}, seed={seed}, bad_budget={bad_budget}: expected start >= 0, "
             "seed >= 0 and a budget from 0 to 1"
         )
+    if bags is not None:
+        _check_bags(bags, source, batch_size, start, process_count)
     rows = batch_size // process_count
-    make_batch = TrainMaker(
-        images=DecodedImages(source, reading.cache_megabytes),
-        tokenizer=tokenizer,
-        preprocessing=preprocessing,
-        captions=captions,
-        text_length=text_length,
-        batch_size=batch_size,
-        first_row=process_index * rows,
-        num_rows=rows,
-        augment=augment,
-        seed=seed,
-        start=start,
-        with_index=with_index,
-    )
+    settings: dict[str, Any] = {
+        "images": DecodedImages(source, reading.cache_megabytes),
+        "tokenizer": tokenizer,
+        "preprocessing": preprocessing,
+        "captions": captions,
+        "text_length": text_length,
+        "batch_size": batch_size,
+        "first_row": process_index * rows,
+        "num_rows": rows,
+        "augment": augment,
+        "seed": seed,
+        "start": start,
+        "with_index": with_index,
+    }
+    make_batch = TrainMaker(**settings) if bags is None else BagMaker(**settings, order=bags)
     return Batches(_read(make_batch, _ENDLESS, reading), bad_budget, repr(source), on_bad)
 
 
@@ -179,6 +186,23 @@ def _check(
             f"batch_size={batch_size} does not divide over {process_count} processes; "
             f"use {max(below, process_count)} or {below + process_count}"
         )
+
+
+def _check_bags(
+    bags: BagOrder, source: Source, batch_size: int, start: int, process_count: int
+) -> None:
+    if bags.batch_size != batch_size or start % batch_size:
+        raise UserError(
+            f"batch_size={batch_size}, start={start}: bags in batches of {bags.batch_size} need "
+            "that batch size, and a start at a whole batch"
+        )
+    if bags.groups % process_count:
+        raise UserError(
+            f"bags in {bags.groups} groups do not divide over {process_count} processes; use a "
+            f"multiple of {process_count} groups"
+        )
+    if (last := max(int(rows.max()) for rows in bags.bags.values())) >= len(source):
+        raise UserError(f"bags name example {last} of {source!r}: open them for this source")
 
 
 def _read(

@@ -24,48 +24,13 @@ from capjax.data.batches import DecodedImages
 from capjax.data.captions import CaptionChoice
 from capjax.data.images import ImagePreprocessing
 from capjax.data.pipeline import DataError, Reading, eval_batches, synthetic_batches, train_batches
-from capjax.data.records import ArrayRecordSource, Caption, CorruptRecord, Example, write_shards
+from capjax.data.records import ArrayRecordSource, write_shards
 from capjax.data.stream import example_index, position_rng, substitute_index
-from capjax.data.tokenizer import EOS_ID, PAD_ID, Tokenizer
+from capjax.data.tokenizer import EOS_ID, PAD_ID
 from capjax.errors import UserError
+from tests.data.numbered import BAD, SIZE, Source, example_ids, make_example, take, tokenizer
 
-SIZE = 8
 AUGMENT = Augment(crop_scale=(0.3, 1.0), shift_pixels=2, flip=True, color_jitter=0.2)
-
-
-def make_example(i: int) -> Example:
-    """Example i: its number is in the colour, its caption and, as a pattern, in the pixels."""
-    pixels = np.zeros((SIZE, SIZE, 3), np.uint8)
-    pixels[...] = (i % 256, i // 256 % 256, 255)
-    pixels[: SIZE // 2, : SIZE // 2, 2] = np.arange(16).reshape(4, 4) * 13
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    captions = (Caption(f"Example {i}", "tts"), Caption(f"number {i}", "keyword"))
-    return Example(f"k{i}", buffer.getvalue(), captions)
-
-
-class Source:
-    """`length` examples in memory; `bad` maps an index to what is wrong with it."""
-
-    def __init__(self, length: int, bad: dict[int, str] | None = None) -> None:
-        self.length, self.bad = length, bad or {}
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, i: int) -> Example:
-        wrong = self.bad.get(i)
-        if wrong == "record":
-            raise CorruptRecord("shard", i, "crc")
-        example = make_example(i)
-        if wrong == "caption":
-            return example._replace(captions=())
-        return example._replace(image=b"garbage") if wrong == "image" else example
-
-
-@cache
-def tokenizer() -> Tokenizer:
-    return Tokenizer.train([f"example {i} number" for i in range(100)], 300)
 
 
 def stream(source, *, batch_size=6, augment=AUGMENT, seed=3, **options) -> pipeline.Batches:
@@ -79,19 +44,6 @@ def stream(source, *, batch_size=6, augment=AUGMENT, seed=3, **options) -> pipel
         seed=seed,
         **options,
     )
-
-
-def take(batches: pipeline.Batches, count: int) -> dict[str, np.ndarray]:
-    """`count` batches, joined along the rows."""
-    with batches:
-        taken = list(itertools.islice(batches, count))
-    return {name: np.concatenate([batch[name] for batch in taken]) for name in taken[0]}
-
-
-def example_ids(batch: dict[str, np.ndarray]) -> list[int]:
-    """The examples in an unaugmented batch, read off a corner pixel."""
-    corner = batch["image"][:, -1, -1].astype(int)
-    return (corner[:, 0] + 256 * corner[:, 1]).tolist()
 
 
 def assert_same(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> None:
@@ -249,9 +201,6 @@ def test_augmentation_depends_on_the_position_and_not_only_on_the_example():
     assert (taken["image"] != other["image"]).any()
     draws = {position_rng(seed, p).random() for seed in range(20) for p in range(20)}
     assert len(draws) == 400
-
-
-BAD = {4: "image", 11: "record", 12: "record", 20: "caption"}
 
 
 def test_a_bad_example_is_replaced_where_it_stands_and_counted():
