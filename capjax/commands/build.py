@@ -43,6 +43,7 @@ class DataPlan(NamedTuple):
 
     preprocessing: ImagePreprocessing
     captions: CaptionChoice
+    references: CaptionChoice
     text_length: int
     reading: Reading
 
@@ -108,11 +109,13 @@ def build_run(config: ConfigDict, workdir: str) -> Plan:
 
 def build_data(config: ConfigDict) -> DataPlan:
     """Takes up the sections `preprocessing`, `captions` and `reading`. Raises `UserError`."""
+    captions = build_captions(config)
     return DataPlan(
         preprocessing=from_dataclass_kwargs(
             ImagePreprocessing, config.preprocessing, "preprocessing"
         ),
-        captions=build_captions(config),
+        captions=captions,
+        references=_references(config, captions),
         text_length=config.data.text_length,
         reading=from_dataclass_kwargs(Reading, config.reading, "reading"),
     )
@@ -140,6 +143,12 @@ def build_captions(config: ConfigDict) -> CaptionChoice:
         except UserError as error:
             raise UserError(f"{field}: {error}") from error
     return dataclasses.replace(_caption_choice(section), datasets=datasets)
+
+
+def _references(config: ConfigDict, captions: CaptionChoice) -> CaptionChoice:
+    """What splits are evaluated against: as captions are drawn, or `evaluate.references`."""
+    named = config.evaluate.get("references", ())
+    return dataclasses.replace(captions, sources=dict.fromkeys(named, 1.0)) if named else captions
 
 
 def _with_weights(fields: dict[str, Any]) -> dict[str, Any]:
@@ -295,7 +304,7 @@ def evaluation_batches(
         source,
         tokenizer,
         preprocessing=data.preprocessing,
-        captions=data.captions,
+        captions=data.references,
         text_length=data.text_length,
         batch_size=batch_size,
         max_examples=max_examples,

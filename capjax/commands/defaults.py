@@ -202,7 +202,8 @@ def default_config() -> ConfigDict:
 
     config.checkpoint = ConfigDict({"every_steps": 1000, "keep": 3})
     config.log_every_steps = 10
-    # During training `max_examples` of each split are used; at the end all of them. Beside
+    # During training `max_examples` of each split are used; at the end all of them. `references`:
+    # their sources of captions, where these are not those of `captions.sources`. Beside
     # likelihood, captions and retrieval: `probes` on frozen features, which learn from
     # `probe_source` ("": `data.source`) and whose classes a file of `labels` names; tests of
     # `composition` (NAME or NAME=FILE;IMAGES); a `judge` of the captions, a checkpoint of towers;
@@ -213,6 +214,7 @@ def default_config() -> ConfigDict:
             "batch_size": 128,
             "max_examples": 1024,
             "splits": {},
+            "references": (),
             "probes": False,
             "probe_source": "",
             "probe_examples": 50_000,

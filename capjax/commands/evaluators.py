@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
@@ -136,7 +137,7 @@ class Evaluation:
                 tokenizer=model.tokenizer,
                 source=opened[1],
                 source_name=opened[0],
-                references=lambda example: reference_texts(example, self.data.captions),
+                references=lambda example: reference_texts(example, self.data.references),
                 step=model.step,
                 options=options,
             )
@@ -183,21 +184,26 @@ class Evaluation:
             metrics=renamed(found.metrics),
             intervals=renamed(found.intervals),
             skipped=renamed(found.skipped),
+            notes=renamed(found.notes),
         )
 
     def _retrieval(self, opened: Opened, model: LoadedModel) -> Measured:
         is_coca = model.towers.coca is not None
         objective = self.objectives.coca if is_coca else self.objectives.contrastive
+
+        def references(index: int) -> np.ndarray:
+            texts = reference_texts(opened[1][index], self.data.captions)
+            return model.tokenizer.encode_batch(texts, self.data.text_length)
+
         with self._rows(opened, model) as rows:
-            return Measured(
-                evaluate_retrieval(
-                    model.embedder,
-                    model.params,
-                    rows,
-                    self.mesh,
-                    kind="softmax" if is_coca else self.objectives.contrastive.kind,
-                    max_logit_scale=objective.max_logit_scale,
-                )
+            return evaluate_retrieval(
+                model.embedder,
+                model.params,
+                rows,
+                self.mesh,
+                references=references,
+                kind="softmax" if is_coca else self.objectives.contrastive.kind,
+                max_logit_scale=objective.max_logit_scale,
             )
 
     def _probes(self, opened: Opened, model: LoadedModel, probes: Probes) -> Measured:

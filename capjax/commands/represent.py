@@ -125,7 +125,7 @@ def label_names(source: str, file: str = "") -> list[str]:
         if not all(name.strip() for name in names) or not names:
             raise UserError(f"{file}: expected the name of a class in every line")
         return names
-    if source not in SOURCE_NAMES:
+    if source.partition("?")[0] not in SOURCE_NAMES:
         raise UserError(
             f"{source!r} does not say what its labels mean: give a file with the name of a class "
             "a line, label 0 first"

@@ -19,6 +19,7 @@ from capjax.data.records import (
     Example,
     checked_index,
 )
+from capjax.data.vague import WithVague, vague_fraction
 from capjax.errors import UserError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
@@ -57,15 +58,18 @@ def open_source(
     """Opens a source of examples by name or path.
 
     `emoji:SPLIT` is a split of the embedded corpus (`SOURCE_NAMES`): `styles` keeps some of its
-    styles, and `flags=False` drops the flags (in `train` and `style`). `LAYOUT:PATH?OPTION=VALUE`
-    is opened by a reader of `capjax.data.layouts`. A directory or glob of
-    `*.array_record` files is read in the order of their names. Any other directory is searched
+    styles, and `flags=False` drops the flags (in `train` and `style`). `emoji:SPLIT?vague=0.7` adds
+    a caption without attributes that are left out at random (`WithVague`).
+    `LAYOUT:PATH?OPTION=VALUE` is opened by a reader of `capjax.data.layouts`. A directory or glob
+    of `*.array_record` files is read in the order of their names. Any other directory is searched
     for images, see `ImageDirectory`; so is a single image file. Raises UserError if there is
     nothing to read there.
     """
     name = os.fspath(name)
-    if name in SOURCE_NAMES:
-        return _open_emoji(name, styles, flags)
+    split, _, query = name.partition("?")
+    if split in SOURCE_NAMES:
+        source = _open_emoji(split, styles, flags)
+        return WithVague(source, vague_fraction(name, query)) if query else source
     if (address := parse_address(name)) and styles is None and flags:
         return open_address(address)
     if (styles is not None or not flags) and not name.startswith("emoji:"):

@@ -21,6 +21,7 @@ CONFIGS = [
     "emoji_quickstart",
     "emoji_cappa",
     "emoji_guided",
+    "emoji_vague",
     *(f"emoji_objectives:{objective}" for objective in OBJECTIVES),
     *PAPER,
 ]
