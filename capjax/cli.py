@@ -81,13 +81,15 @@ COMMANDS = {
         ),
     ),
     "data": Command(
-        "Prepare a data source, count it, look at it, or train a tokenizer on its captions.",
+        "Prepare a data source, count it, look at it, improve its captions, or train a tokenizer.",
         False,
         (
             "capjax data prepare photos --output=prepared --resize=256 --format=jpeg",
             "capjax data stats prepared emoji:val --output=stats.html",
             "capjax data inspect emoji:val --output=page.html",
             "capjax data tokenizer emoji:train --vocab_size=1000 --output=emoji.model",
+            "capjax data boost --input=prepared --output=boosted --model=mistral "
+            "--endpoint=http://localhost:8080/v1",
         ),
     ),
     "report": Command(

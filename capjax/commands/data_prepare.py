@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
         max_caption_length=args.max_caption_length,
         dedupe=() if args.dedupe == "none" else tuple(args.dedupe.split(",")),
     )
-    with _Line() as line:
+    with Line() as line:
         manifest, was_finished = prepare(
             open_source(args.source),
             args.source,
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"dropped: {reasons(dropped)} (see {args.output}/dropped.jsonl)")
 
 
-class _Line:
+class Line:
     """The progress on stderr: one line kept up to date on a terminal, else one now and then."""
 
     def __init__(self) -> None:
@@ -121,7 +121,7 @@ class _Line:
         self.printed_at = float("-inf")
         self.stage, self.began, self.first, self.width = "", 0.0, 0, 0
 
-    def __enter__(self) -> "_Line":
+    def __enter__(self) -> "Line":
         return self
 
     def __exit__(self, *_) -> None:
