@@ -15,7 +15,7 @@ from capjax.data.tokenizer import PAD_ID
 from capjax.decoding import beam, contrastive, guidance, processors, sampling, single, speculative
 from capjax.decoding.options import GREEDY, DecodingOptions
 from capjax.decoding.texts import FINISH_REASONS, Position, Texts
-from capjax.dims import Array, Bool, Float, Int, Params, PRNGKeyArray
+from capjax.dims import Array, Bool, Float, Int, Params, PRNGKeyArray, UInt
 from capjax.errors import UserError
 from capjax.mesh import act_B, act_BL, act_BSV, reshard
 from capjax.models.captioner import Captioner
@@ -115,7 +115,7 @@ def generate(
     inputs: Array,
     options: DecodingOptions = GREEDY,
     *,
-    index_B: Int[Array, "B"] | None = None,
+    index_B: Int[Array, "B"] | UInt[Array, "B"] | None = None,
     key: PRNGKeyArray | None = None,
     mask_B: Bool[Array, "B"] | None = None,
     forced_BL: Int[Array, "B L"] | None = None,

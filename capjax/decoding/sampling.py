@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Key
 
-from capjax.dims import Array, Float, Int, PRNGKeyArray
+from capjax.dims import Array, Float, Int, PRNGKeyArray, UInt
 
 BLOCK = 128  # the vocabulary is padded to a multiple of it
 
@@ -158,7 +158,9 @@ def truncate(scores_BSV: Float[Array, "B S V"], numbers, rules) -> Float[Array, 
     return scores_BSV
 
 
-def row_keys(key: PRNGKeyArray, index_B: Int[Array, "B"], num_rows: int = 1) -> Key[Array, "B S"]:
+def row_keys(
+    key: PRNGKeyArray, index_B: Int[Array, "B"] | UInt[Array, "B"], num_rows: int = 1
+) -> Key[Array, "B S"]:
     """One key a row, from the input's index and the row's alone: batch and mesh change no draw."""
     fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
     key_B = fold(key, index_B)

@@ -1,0 +1,101 @@
+"""Steps with rewards of the host: one batch is scored there while the devices update on another.
+
+The captions of the next batch are sampled before the update on this one, so they are one update
+behind (their ratio to the policy is in the loss), and while the update runs the host scores them.
+They lie in the state, so a resumed run learns from the very captions that the run would have.
+
+Letters beyond `capjax.dims`: J captions of an image, b the rows of this process.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from capjax.dims import Array, Batch, Metrics
+from capjax.rl.state import ReinforceState
+
+Rows = dict[str, np.ndarray]
+# (rows of this process, token ids [b, J, L]) -> arrays [b, ...] by name, for `given`.
+Score = Callable[[Rows, np.ndarray], Rows]
+
+
+class Drawn(NamedTuple):
+    """A batch: this process's rows, and the global batch on the devices."""
+
+    rows: Rows
+    batch: Batch
+
+
+def with_next(batches: Iterator[Rows]) -> Iterator[tuple[Rows, Rows]]:
+    """Each batch with the one after it."""
+    current = next(batches)
+    for following in batches:
+        yield current, following
+        current = following
+
+
+class HostStep:
+    """`step(state, pair)` -> (state, metrics), for the loop; `place` makes its pairs.
+
+    Args:
+      sampled, learned: compiled, of `capjax.rl.step.Step`.
+      score: called in a thread of its own, for one batch at a time.
+      place_rows: puts this process's rows onto the devices as rows of the global batch.
+    """
+
+    def __init__(
+        self,
+        sampled: Callable,
+        learned: Callable,
+        frozen: Any,
+        score: Score,
+        place_rows: Callable[[Rows], Batch],
+    ) -> None:
+        self._sampled, self._learned, self._frozen = sampled, learned, frozen
+        self._score, self._place_rows = score, place_rows
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="rewards")
+        self._scores: Future[Rows] | None = None
+        self._next: Drawn | None = None
+
+    def place(self, pair: tuple[Rows, Rows]) -> tuple[Drawn, Drawn]:
+        """The pair on the devices; what was the second of the pair before is not placed again."""
+        current = self._next or self._drawn(pair[0])
+        self._next = self._drawn(pair[1])
+        return current, self._next
+
+    def _drawn(self, rows: Rows) -> Drawn:
+        return Drawn(rows, self._place_rows(rows))
+
+    def __call__(
+        self, state: ReinforceState, pair: tuple[Drawn, Drawn]
+    ) -> tuple[ReinforceState, Metrics]:
+        """Samples for the second batch, then updates on the first."""
+        current, following = pair
+        policy, captions = state._replace(ahead=None), state.ahead
+        if captions is None or (self._scores is None and not int(jax.device_get(state.step))):
+            captions = self._sampled(policy, current.batch)  # the first of the run
+        if self._scores is None:
+            self._scores = self._pool.submit(self._scored, current.rows, captions.tokens_BKL)
+        ahead = self._sampled(policy, following.batch)
+        given = self._place_rows(self._scores.result())
+        self._scores = self._pool.submit(self._scored, following.rows, ahead.tokens_BKL)
+        after, metrics = self._learned(policy, self._frozen, current.batch, captions, given)
+        return after._replace(ahead=ahead), metrics
+
+    def _scored(self, rows: Rows, tokens_BJL: Array) -> Rows:
+        return self._score(rows, local_rows(tokens_BJL))
+
+    def close(self) -> None:
+        """Lets go of the thread; what it is about is not waited for."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def local_rows(x: Array) -> np.ndarray:
+    """This process's rows of an array whose leading axis alone is split, in their order."""
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
