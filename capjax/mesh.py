@@ -170,5 +170,16 @@ def place_batch(mesh: Mesh, rows: dict[str, np.ndarray]) -> dict[str, jax.Array]
 
 
 def place_tree(mesh: Mesh, tree, specs):
-    """`tree` on the mesh, leaf by leaf as `specs` (a tree of PartitionSpecs) says."""
-    return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, specs)
+    """`tree` on the mesh, leaf by leaf as `specs` (a tree of PartitionSpecs) says.
+
+    Of several processes each holds the whole of it.
+    """
+
+    def place(x, spec: P) -> jax.Array:
+        sharding = NamedSharding(mesh, spec)
+        if sharding.is_fully_addressable:
+            return jax.device_put(x, sharding)
+        host = np.asarray(x)  # JAX moves no array from this process's device to another's
+        return jax.make_array_from_callback(host.shape, sharding, lambda part: host[part])
+
+    return jax.tree.map(place, tree, specs)

@@ -192,7 +192,7 @@ class Evaluation:
         objective = self.objectives.coca if is_coca else self.objectives.contrastive
 
         def references(index: int) -> np.ndarray:
-            texts = reference_texts(opened[1][index], self.data.captions)
+            texts = reference_texts(opened[1][index], self.data.references)
             return model.tokenizer.encode_batch(texts, self.data.text_length)
 
         with self._rows(opened, model) as rows:

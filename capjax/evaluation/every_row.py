@@ -92,7 +92,7 @@ def map_images(
         raise UserError(f"{source!r}: none of its {count} images can be read")
     values, index_N, labels_N = (np.concatenate(x) for x in zip(*parts, strict=True))
     order = np.argsort(index_N)
-    keys = _of_all_processes(keys)
+    keys = _texts_of_all_processes(keys)
     keys_N = tuple(keys[index] for index in index_N[order].tolist())
     return ImageRows(values[order], labels_N[order], keys_N, count - len(order))
 
@@ -153,12 +153,19 @@ def _read(source: Source, preprocessing: ImagePreprocessing, count: int, positio
     return _Read(index, pixels, label, example.key)
 
 
-def _of_all_processes(texts: dict[int, str]) -> dict[int, str]:
-    """The entries of all processes' dicts."""
+def of_all_processes(rows: np.ndarray) -> np.ndarray:
+    """[N, ...]: the rows of all processes, one's after another's; each may have another number."""
     if jax.process_count() == 1:
-        return texts
-    content = np.frombuffer(json.dumps(list(texts.items())).encode(), np.uint8)
-    lengths = multihost_utils.process_allgather(np.array(len(content), np.int32))
-    padded = multihost_utils.process_allgather(pad_rows(content, int(lengths.max())))
-    parts = [part[:length].tobytes() for part, length in zip(padded, lengths, strict=True)]
-    return {index: text for part in parts for index, text in json.loads(part)}
+        return rows
+    counts = multihost_utils.process_allgather(np.array(len(rows), np.int32))
+    if not counts.any():
+        return rows
+    padded = multihost_utils.process_allgather(pad_rows(rows, int(counts.max())))
+    return np.concatenate([part[:count] for part, count in zip(padded, counts, strict=True)])
+
+
+def _texts_of_all_processes(texts: dict[int, str]) -> dict[int, str]:
+    """The entries of all processes' dicts."""
+    content = json.dumps(list(texts.items())).encode() + b"\n"
+    gathered = of_all_processes(np.frombuffer(content, np.uint8)).tobytes()
+    return {index: text for part in gathered.splitlines() for index, text in json.loads(part)}

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from capjax.data.tokenizer import PAD_ID
@@ -68,12 +69,16 @@ def _prepare(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     tokens_BL = batch["tokens"]
     is_caption_B = batch["mask"] & ((tokens_BL != PAD_ID).sum(1) > 1)  # an end alone is none
     tokens_BL = np.where(is_caption_B[:, None], tokens_BL, PAD_ID)
-    rows = np.flatnonzero(is_caption_B)
-    others_BL = np.full_like(tokens_BL, PAD_ID)
+    # Of the whole batch, so that it does not show how many processes share it.
+    all_BL = multihost_utils.process_allgather(tokens_BL, tiled=True)
+    rows = np.flatnonzero((all_BL != PAD_ID).any(1))
+    others_BL = np.full_like(all_BL, PAD_ID)
     if len(rows) > 1:  # a random cycle through the rows: none meets its own image
         cycle = np.random.default_rng(0).permutation(rows)
-        others_BL[cycle] = tokens_BL[np.roll(cycle, 1)]
-    return {"image": batch["image"], "tokens": tokens_BL, "others": others_BL}
+        others_BL[cycle] = all_BL[np.roll(cycle, 1)]
+    first = jax.process_index() * len(tokens_BL)
+    own_BL = others_BL[first : first + len(tokens_BL)]
+    return {"image": batch["image"], "tokens": tokens_BL, "others": own_BL}
 
 
 @functools.partial(jax.jit, static_argnums=0)

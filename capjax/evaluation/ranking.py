@@ -68,24 +68,6 @@ def rank_pairs(
     return Ranking(*(found_E2 - _own_above_pairs(query_E, own_E)).T)
 
 
-def rank_best_pairs(
-    queries_ND: np.ndarray,
-    targets_MD: np.ndarray,
-    query_E: np.ndarray,
-    target_E: np.ndarray,
-    mesh: Mesh | None = None,
-) -> Ranking:
-    """`rank_pairs` of the most similar pair of each query alone, [N] in the order of queries.
-
-    That is all that recall needs. Every query is in one pair at least.
-    """
-    own_E = pair_similarities(queries_ND, targets_MD, query_E, target_E)
-    order_E = np.lexsort((-own_E, query_E))
-    best_N = order_E[np.diff(query_E[order_E], prepend=-1) != 0]
-    found_N2 = _count_above_pairs(queries_ND, targets_MD, query_E[best_N], own_E[best_N], mesh)
-    return Ranking(*(found_N2 - _own_above_pairs(query_E, own_E)[best_N]).T)
-
-
 def _count_above_pairs(queries_ND, targets_MD, query_E, own_E, mesh: Mesh | None) -> np.ndarray:
     """int64 [E, 2]: how many targets are at least as similar to the query as the pair, and more.
 

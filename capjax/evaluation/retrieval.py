@@ -1,10 +1,12 @@
 """How well images find their captions, and captions their images, in a held-out set.
 
-Letters: N images, M distinct captions, D width of the common space, E pairs of them.
+Letters: N images, M distinct captions, D width of the common space, E pairs of them, R captions of
+one image, X an image's number and the ids of a caption.
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import numpy as np
@@ -12,17 +14,19 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from capjax.data.tokenizer import PAD_ID
-from capjax.dims import Array, Params
+from capjax.dims import Array, Int, Params
 from capjax.errors import UserError
+from capjax.evaluation.every_row import map_rows, of_all_processes
 from capjax.evaluation.intervals import intervals, mean_of, values_of
 from capjax.evaluation.measured import Measured
-from capjax.evaluation.ranking import nearest, rank_best_pairs, rank_pairs
+from capjax.evaluation.ranking import nearest, rank_pairs
 from capjax.mesh import place_batch
 from capjax.models.coca import CoCa
 from capjax.models.two_towers import TwoTowers
 from capjax.objectives.contrastive import sigmoid_loss, softmax_loss
 
 RECALLS = (1, 5, 10)
+NO_CAPTIONS = "evaluation: expected captioned examples, found none; check the split"
 TIES = "a tie is a miss; *_ties_as_hits says what counting it as a hit would give"
 
 
@@ -32,68 +36,89 @@ def evaluate_retrieval(
     batches: Iterable[dict[str, np.ndarray]],
     mesh: Mesh,
     *,
+    references: Callable[[int], Int[np.ndarray, "R L"]] | None = None,
     kind: str = "sigmoid",
     max_logit_scale: float = 0.0,
-) -> dict[str, float]:
+) -> Measured:
     """Retrieval among all rows of `batches` whose `mask` holds and that have a caption.
 
     Args:
-      batches: this process's rows of each global batch: `image`, `tokens`, `mask`.
+      batches: this process's rows of each global batch: `image`, `tokens`, `index`, `mask`.
       mesh: what the parameters lie on.
+      references: all captions of the example of an index, as ids; without it `tokens` are the only
+        one. It is asked of this process's rows alone.
       kind: the loss, "sigmoid" or "softmax"; max_logit_scale: as in training, 0 for none.
 
-    Returns:
-      image_to_text_r1, _r5, _r10: the share of the images whose caption is among the first 1, 5, 10
-        of the distinct captions. Captions of equal tokens are one caption.
-      text_to_image_r1, ...: the share of the distinct captions that find an image of theirs among
-        the first 1, 5, 10 of the images. Images of the same caption do not stand in its way.
-      contrastive_loss: the loss without smoothing in consecutive batches of the same size (the rest
-        left out where there is a whole batch), where equal captions do count as negatives. It alone
-        depends on the batches.
-      retrieval_images, retrieval_captions: N and M.
+    Returns what `measure_retrieval` does, without items, of the images that have a caption and the
+    distinct captions (those of equal tokens are one caption), and:
+      contrastive_loss: the loss without smoothing of images and `tokens` in consecutive batches of
+        the same size (the rest left out where there is a whole batch), where equal captions do
+        count as negatives. It alone depends on the batches.
+      retrieval_images, retrieval_captions: how many there are.
 
-    A tie is a miss: an item's rank is 1 + how many others are as similar or more. Every process
-    returns the same. Raises `UserError` where there is no captioned row at all.
+    Every process returns the same. Raises `UserError` where there is no captioned row at all.
     """
-    parts, batch_size = [], 0
-    for batch in batches:
-        placed = place_batch(mesh, {name: batch[name] for name in ("image", "tokens", "mask")})
-        with jax.set_mesh(mesh):
-            embeddings = _embed(towers, params, placed["image"], placed["tokens"])
-        image_BD, text_BD, tokens_BL, mask_B = multihost_utils.process_allgather(
-            (*embeddings, placed["tokens"], placed["mask"]), tiled=True
-        )
-        kept_B = mask_B & ((tokens_BL != PAD_ID).sum(1) > 1)  # an end alone is no caption
-        parts.append((image_BD[kept_B], text_BD[kept_B], tokens_BL[kept_B]))
-        batch_size = len(mask_B)
-    if not any(len(image_ND) for image_ND, _, _ in parts):
-        raise UserError("evaluation: expected captioned examples, found none; check the split")
-    image_ND, text_ND, tokens_NL = (np.concatenate(x) for x in zip(*parts, strict=True))
-    _, first_M, caption_N = np.unique(tokens_NL, axis=0, return_index=True, return_inverse=True)
-    image_rank_N, text_rank_M = ranks(image_ND, text_ND[first_M], caption_N.reshape(-1), mesh)
-    metrics = {f"image_to_text_r{k}": float((image_rank_N <= k).mean()) for k in RECALLS}
-    metrics |= {f"text_to_image_r{k}": float((text_rank_M <= k).mean()) for k in RECALLS}
+    image_ND, first_EX, others_EX, batch_size = _embedded(
+        towers, params, batches, mesh, references or (lambda index: np.zeros((0, 0), np.int32))
+    )
+    first_EX, others_EX = (x[(x[:, 1:] != PAD_ID).sum(1) > 1] for x in (first_EX, others_EX))
+    pair_EX = np.concatenate([first_EX, others_EX])
+    if not len(pair_EX):
+        raise UserError(NO_CAPTIONS)
+    used_N, image_E = np.unique(pair_EX[:, 0], return_inverse=True)
+    text_ML, text_E = np.unique(pair_EX[:, 1:], axis=0, return_inverse=True)
+    image_ND, text_E = image_ND[used_N], text_E.reshape(-1)
+    text_MD = map_rows(
+        lambda rows: _embed_texts(towers, params, rows["tokens"]),
+        {"tokens": text_ML},
+        mesh=mesh,
+        batch_size=batch_size,
+    )
+    pairs = np.unique([image_E, text_E], axis=1)
+    measured = measure_retrieval(image_ND, text_MD, *pairs, keys=(), mesh=mesh)
     with jax.set_mesh(mesh):
         scale, bias = (float(x) for x in _scale_and_bias(towers, params))
     scale = min(scale, max_logit_scale) if max_logit_scale else scale
-    return metrics | {
-        "contrastive_loss": _mean_loss(kind, image_ND, text_ND, scale, bias, batch_size),
+    sides = image_ND[image_E[: len(first_EX)]], text_MD[text_E[: len(first_EX)]]
+    more = {
+        "contrastive_loss": _mean_loss(kind, *sides, scale, bias, batch_size),
         "retrieval_images": float(len(image_ND)),
-        "retrieval_captions": float(len(first_M)),
+        "retrieval_captions": float(len(text_MD)),
     }
+    return measured._replace(metrics=measured.metrics | more, items={})
 
 
-def ranks(
-    image_ND: np.ndarray, text_MD: np.ndarray, caption_N: np.ndarray, mesh: Mesh | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """(the rank of each image's caption among the M, the best rank of each caption's images).
+def _embedded(
+    towers: TwoTowers | CoCa,
+    params: Params,
+    batches: Iterable[dict[str, np.ndarray]],
+    mesh: Mesh,
+    references: Callable[[int], np.ndarray],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """(images [N, D], first captions [N, 1 + L], the others [E, 1 + L], rows of a batch).
 
-    `caption_N` names each image's caption by its row in `text_MD`; every caption has an image.
+    Captions are ids behind the row of their image. Raises `UserError` for no batches.
     """
-    image_N = np.arange(len(image_ND))
-    images = rank_pairs(image_ND, text_MD, image_N, caption_N, mesh)
-    texts = rank_best_pairs(text_MD, image_ND, caption_N, image_N, mesh)
-    return 1 + images.better_E, 1 + texts.better_E
+    parts, own_EX, batch_size = [], [], 0
+    for batch in batches:
+        rows = {name: batch[name] for name in ("image", "tokens", "index", "mask")}
+        placed = place_batch(mesh, rows)
+        with jax.set_mesh(mesh):
+            image_BD = _embed_images(towers, params, placed["image"])
+        beside = (placed["tokens"], placed["index"], placed["mask"])
+        *gathered, mask_B = multihost_utils.process_allgather((image_BD, *beside), tiled=True)
+        parts.append([x[mask_B] for x in gathered])
+        for index in batch["index"][batch["mask"]]:
+            own_EX += [np.concatenate([[index], ids_L]) for ids_L in references(int(index))]
+        batch_size = len(mask_B)
+    if not parts:
+        raise UserError(NO_CAPTIONS)
+    image_ND, first_NL, index_N = (np.concatenate(x) for x in zip(*parts, strict=True))
+    first_NX = np.column_stack([np.arange(len(index_N)), first_NL])
+    others_EX = of_all_processes(np.array(own_EX, np.int32).reshape(-1, first_NX.shape[1]))
+    order_N = np.argsort(index_N)
+    others_EX[:, 0] = order_N[np.searchsorted(index_N, others_EX[:, 0], sorter=order_N)]
+    return image_ND, first_NX, others_EX, batch_size
 
 
 def measure_retrieval(
@@ -196,9 +221,13 @@ def _least(values_E: np.ndarray, group_E: np.ndarray, num_groups: int) -> np.nda
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _embed(towers: TwoTowers | CoCa, params: Params, images_BHWC, tokens_BL) -> tuple[Array, Array]:
-    memory_BPD = towers.encode(params, images_BHWC)
-    return towers.embed_image(params, memory_BPD), towers.embed_text(params, tokens_BL)
+def _embed_images(towers: TwoTowers | CoCa, params: Params, images_BHWC: Array) -> Array:
+    return towers.embed_image(params, towers.encode(params, images_BHWC))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed_texts(towers: TwoTowers | CoCa, params: Params, tokens_BL: Array) -> Array:
+    return towers.embed_text(params, tokens_BL)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -207,6 +236,8 @@ def _scale_and_bias(towers: TwoTowers | CoCa, params: Params) -> tuple[Array, Ar
 
 
 def _mean_loss(kind: str, image_ND, text_ND, scale: float, bias: float, batch_size: int) -> float:
+    if not len(image_ND):
+        return math.nan
     size = min(batch_size, len(image_ND))
     starts = range(0, len(image_ND) - size + 1, size)
     losses = [

@@ -35,13 +35,9 @@ def finish(processes: list[subprocess.Popen]) -> None:
 
 def metrics(workdir) -> list[dict]:
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {k: v for k, v in line.items() if k.endswith(NAMES) and "shuffled" not in k}
-        for line in lines
-    ]
+    return [{k: v for k, v in line.items() if k.endswith(NAMES)} for line in lines]
 
 
-# Which image takes another's place depends on the rows that a process has: no "shuffled" loss.
 NAMES = ("step", "loss", "grad_norm", "r1", "exact_match", "unigram_f1")
 CAPTIONING = ("--config.objective.captioning.parallel_draw=fixed",)
 CONTRASTIVE = (

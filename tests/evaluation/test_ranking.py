@@ -13,7 +13,6 @@ from capjax.evaluation.ranking import (
     group_similarities,
     nearest,
     pair_similarities,
-    rank_best_pairs,
     rank_pairs,
 )
 from capjax.mesh import AXES, MeshShape, make_mesh
@@ -88,10 +87,7 @@ def test_a_target_of_many_queries_and_ties(monkeypatch):
     expected = np.array(by_hand(queries @ targets.T, query, target))
     for mesh in MESHES[::2]:
         np.testing.assert_array_equal(rank_pairs(queries, targets, query, target, mesh), expected)
-        best = rank_best_pairs(queries, targets, query, target, mesh)
-        least = [[found[query == q].min() for q in range(20)] for found in expected]
-        np.testing.assert_array_equal(best, least)
-    assert max(sizes) < 20 * 60 and min(sizes) == 2 * 20  # not queries times pairs of one
+    assert max(sizes) < 20 * 60  # not queries times pairs of one
 
 
 def test_processes_rank_what_each_has_alone(monkeypatch):

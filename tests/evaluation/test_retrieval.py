@@ -14,7 +14,6 @@ from capjax.evaluation.retrieval import (
     measure_retrieval,
     nearest_wrong,
     precision_at_r,
-    ranks,
 )
 from capjax.mesh import MeshShape, make_mesh, place_tree
 from capjax.models.two_towers import TwoTowers, TwoTowersConfig
@@ -70,7 +69,7 @@ def batches(batch_size):
 @functools.cache
 def evaluate(batch_size, mesh=ONE, **options):
     placed = place_tree(mesh, params(), TOWERS.param_specs())
-    return evaluate_retrieval(TOWERS, placed, batches(batch_size), mesh, **options)
+    return evaluate_retrieval(TOWERS, placed, batches(batch_size), mesh, **options).metrics
 
 
 @functools.cache
@@ -80,6 +79,14 @@ def embeddings():
     images, tokens = jnp.asarray(rows()["image"][kept]), jnp.asarray(rows()["tokens"][kept])
     image_ND = TOWERS.embed_image(params(), TOWERS.encode(params(), images))
     return image_ND, TOWERS.embed_text(params(), tokens)
+
+
+def ranks(image_ND, text_MD, caption_N, mesh=None):
+    """Of the images, and of the captions, whose images are then what they ask for."""
+    sides = (image_ND, np.arange(len(image_ND))), (text_MD, np.asarray(caption_N))
+    for (queries, query_E), (targets, target_E) in (sides, sides[::-1]):
+        found = measure_retrieval(queries, targets, query_E, target_E, keys=(), mesh=mesh)
+        yield found.items["image_to_text_rank"]
 
 
 def ranks_one_by_one(image_ND, text_MD, caption_N):
@@ -114,7 +121,7 @@ def test_ranks_one_by_one(monkeypatch):
     for block in (7, 1024):
         monkeypatch.setattr(ranking, "TARGETS", block)
         for mesh in (None, make_mesh(MeshShape(data=8))):
-            found = ranks(image_ND, text_MD, caption_N, mesh)
+            found = list(ranks(image_ND, text_MD, caption_N, mesh))
             np.testing.assert_array_equal(found[0], expected[0])
             np.testing.assert_array_equal(found[1], expected[1])
 
@@ -183,6 +190,36 @@ def test_metrics_by_hand_whatever_the_batch():
             assert metrics[f"text_to_image_r{k}"] == np.mean(np.array(text_rank_M) <= k)
         assert metrics["retrieval_images"] == 12 and metrics["retrieval_captions"] == 11
     assert 0 < metrics["image_to_text_r5"] < metrics["image_to_text_r10"]
+
+
+def more_captions(index):
+    """Row 5 has those of rows 6 and 7, and one that is none; row 8 its own again and that of 0."""
+    tokens_BL = rows()["tokens"]
+    return tokens_BL[{5: [6, 7, 5], 8: [8, 0]}.get(index, [])]
+
+
+def test_every_caption_of_an_image_counts():
+    own = {5: [6, 7], 8: [8, 0]}
+    tokens_BL = rows()["tokens"]
+    text_ML = np.unique(np.delete(tokens_BL, 5, 0), axis=0)
+    has = lambda row: (text_ML[:, None] == tokens_BL[own.get(row, [row])]).all(-1).any(1)  # noqa: E731
+    own_NM = np.array([has(row) for row in range(NUM_ROWS)])
+    image_ND = TOWERS.embed_image(params(), TOWERS.encode(params(), jnp.asarray(rows()["image"])))
+    similarity = (
+        np.asarray(image_ND) @ np.asarray(TOWERS.embed_text(params(), jnp.asarray(text_ML))).T
+    )
+    others, owned = np.where(own_NM, -1, similarity), np.where(own_NM, similarity, -1)
+    for mesh in (ONE, make_mesh(MeshShape(data=8))):
+        metrics = evaluate(8, mesh, references=more_captions)
+        for way, axis in (("image_to_text", 1), ("text_to_image", 0)):
+            rank = 1 + (others >= owned.max(axis, keepdims=True)).sum(axis)
+            for k in (1, 5, 10):
+                assert metrics[f"{way}_r{k}"] == np.mean(rank <= k)
+        assert metrics["retrieval_images"] == 13 and metrics["retrieval_captions"] == 11
+        # Of what training would pair.
+        alone = evaluate(8)["contrastive_loss"]
+        assert metrics["contrastive_loss"] == pytest.approx(alone, rel=1e-5)
+        assert 0 < metrics["image_to_text_map_at_r"] < 1
 
 
 def test_the_loss_is_that_of_consecutive_batches():
