@@ -1,13 +1,17 @@
 """`capjax data boost`: captions blended into one by a language model."""
 
 import argparse
+import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from capjax.commands.data_prepare import Line
 from capjax.errors import UserError
+
+if TYPE_CHECKING:
+    from capjax.data.boost_endpoint import Chat
 
 
 def add_command(commands) -> None:
@@ -23,10 +27,12 @@ def add_command(commands) -> None:
     )
     parser.add_argument("--input", required=True, metavar="SOURCE", help="as for prepare")
     parser.add_argument("--output", required=True, metavar="DIR", help="a new or empty directory")
-    parser.add_argument(
-        "--endpoint", required=True, metavar="URL", help="such as http://localhost:8080/v1"
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--endpoint", metavar="URL", help="such as http://localhost:8080/v1")
+    model.add_argument(
+        "--local", metavar="FILE.gguf", help="a small model to be run here (docs/finetuning.md)"
     )
-    parser.add_argument("--model", required=True, metavar="NAME", help="its name there")
+    parser.add_argument("--model", default="", metavar="NAME", help="its name at the endpoint")
     parser.add_argument(
         "--api_key_env", metavar="VARIABLE", help="environment variable that holds the key"
     )
@@ -95,8 +101,10 @@ def run(args: argparse.Namespace) -> None:
     if is_remote(args.output):
         raise UserError(f"--output={args.output}: expected a local directory; copy it from there")
     prompts = {"blend_prompt": args.prompt, "holistic_prompt": args.holistic_prompt}
+    if bool(args.endpoint) != bool(args.model):
+        raise UserError(f"--model={args.model}: expected the model's name with --endpoint only")
     settings = BoostSettings(
-        model=args.model,
+        model=args.model or _local_name(args.local),
         **{name: _text(path) for name, path in prompts.items() if path},
         request={"temperature": args.temperature, "max_tokens": args.max_tokens, **_request(args)},
         seed=args.seed,
@@ -105,18 +113,21 @@ def run(args: argparse.Namespace) -> None:
         split=args.split,
         shard_size=args.shard_size,
     )
-    endpoint = Endpoint(
-        args.endpoint, _key(args), timeout_s=args.timeout, max_retries=args.max_retries
-    )
+    source, dense = open_source(args.input), _dense(args.dense) if args.dense else None
+    if args.endpoint:
+        limits = {"timeout_s": args.timeout, "max_retries": args.max_retries}
+        chat = Endpoint(args.endpoint, _key(args), **limits)
+    else:
+        chat = _local(args.local)
     with Line() as line:
         found = boost(
-            open_source(args.input),
+            source,
             args.input,
             Path(args.output).expanduser(),
             settings,
-            endpoint,
-            dense=_dense(args.dense) if args.dense else None,
-            concurrency=args.concurrency,
+            chat,
+            dense=dense,
+            concurrency=args.concurrency if args.endpoint else 1,
             max_failures=args.max_failures,
             report=line.show,
         )
@@ -160,6 +171,23 @@ def _key(args: argparse.Namespace) -> str:
     if not (key := os.environ.get(args.api_key_env, "").strip()):
         raise UserError(f"--api_key_env={args.api_key_env}: that variable is not set; set it")
     return key
+
+
+def _local_name(path: str) -> str:
+    """The file's name and hash: another file of that name is another model."""
+    try:
+        with Path(path).expanduser().open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"--local={path}: cannot be read ({error.strerror})") from error
+    return f"{Path(path).name} {digest[:16]}"
+
+
+def _local(path: str) -> "Chat":
+    from capjax.decoding.chat import LocalChat
+    from capjax.interop.gguf import read_language_model
+
+    return LocalChat(read_language_model(Path(path).expanduser()))
 
 
 def _dense(path: str) -> dict[str, str]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from capjax.data.boost_answers import Answers
-from capjax.data.boost_endpoint import Endpoint
+from capjax.data.boost_endpoint import Chat
 from capjax.data.boost_example import FAILED, Answer, BoostSettings, Made, Make, boosted
 from capjax.data.boost_output import ANSWERS, finished, make_directory, write_output
 from capjax.data.prepare import Report
@@ -46,7 +46,7 @@ def boost(
     name: str,
     output: Path,
     settings: BoostSettings,
-    endpoint: Endpoint,
+    chat: Chat,
     *,
     dense: Mapping[str, str] | None = None,
     concurrency: int = 8,
@@ -56,7 +56,7 @@ def boost(
     """Writes the boosted shards of `source`, called `name`, to a directory, or goes on with it.
 
     Args:
-      endpoint: it is stopped in the end.
+      chat: it is stopped in the end.
       dense: captions of images by key; None: no holistic captions.
       concurrency: requests at once; it changes no byte.
       max_failures: requests that may stay without an answer. Their examples keep the captions that
@@ -80,7 +80,7 @@ def boost(
             def make(example: Example, answer: Answer) -> list[Made]:
                 return list(boosted(example, settings, dense, answer))
 
-            _ask_all(source, make, answers, endpoint, concurrency, max_failures, report)
+            _ask_all(source, make, answers, chat, concurrency, max_failures, report)
             manifest = identity | write_output(source, make, answers, output, settings, report)
             write_json(output / MANIFEST, manifest)
         return Boosted(
@@ -100,7 +100,7 @@ def _ask_all(
     source: Source,
     make: Make,
     answers: Answers,
-    endpoint: Endpoint,
+    chat: Chat,
     concurrency: int,
     max_failures: int,
     report: Callable[[Report], None],
@@ -114,7 +114,7 @@ def _ask_all(
             example = source[index]
         except CorruptRecord:
             return []
-        return make(example, lambda body: answers.get(body, endpoint.ask))
+        return make(example, lambda body: answers.get(body, chat.ask))
 
     def take() -> None:
         nonlocal done
@@ -138,5 +138,5 @@ def _ask_all(
         while waiting:
             take()
     finally:
-        endpoint.stop()
+        chat.stop()
         pool.shutdown(cancel_futures=True)  # what has been sent is answered, and kept

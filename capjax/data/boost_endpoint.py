@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
 from capjax.errors import UserError
@@ -36,6 +36,19 @@ class Reply(NamedTuple):
 
 class RequestFailed(Exception):  # noqa: N818 (a state of one request, counted)
     """A request that got no answer; the message says why."""
+
+
+@runtime_checkable
+class Chat(Protocol):
+    """What answers requests of several threads: an `Endpoint`, or a model on this machine."""
+
+    def ask(self, body: Mapping[str, Any]) -> Reply:
+        """Raises `RequestFailed` where there is no answer."""
+        ...
+
+    def stop(self) -> None:
+        """From here on nothing is answered but what has been sent."""
+        ...
 
 
 class Endpoint:
