@@ -148,6 +148,9 @@ def default_config() -> ConfigDict:
                 "label_smoothing": 0.0,
                 "z_loss": 0.0,
                 "normalization": "caption",
+                "smile_weight": 0.0,
+                "smile_first_token": True,
+                "smile_subset": "label",
             },
             "contrastive": {
                 "weight": 0.0,

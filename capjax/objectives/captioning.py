@@ -18,7 +18,7 @@ from capjax.data.tokenizer import PAD_ID
 from capjax.dims import Array, Batch, Float, Metrics, Params, PRNGKeyArray
 from capjax.errors import UserError
 from capjax.models.captioner import Captioner
-from capjax.objectives.caption_loss import caption_loss, caption_means
+from capjax.objectives.caption_loss import Smile, caption_loss, caption_means
 from capjax.objectives.caption_rows import (
     CaptionRows,
     decoder_inputs,
@@ -94,6 +94,7 @@ def captioning_rows(
       conditional_causal_loss, unconditional_causal_loss: over causal captions that see their image
         and that do not, where images are dropped.
       z_loss: its part of the loss, where there is one.
+      smile_loss: mean over the tokens that SMILE scores, where it does.
     A `Mean` among them is divided by `reduce_metrics`. Raises `UserError` where the model has no
     mask token to read.
     """
@@ -123,6 +124,7 @@ def captioning_rows(
         vocab_size=model.config.vocab_size,
         label_smoothing=objective.label_smoothing,
         z_loss=objective.z_loss,
+        smile=Smile(objective.smile_weight, objective.smile_first_token, objective.smile_subset),
     )
     lengths_R = jnp.sum(rows.labels_RL != PAD_ID, 1, dtype=jnp.float32)
     metrics["tokens_per_caption"] = masked_mean(lengths_R, jnp.ones_like(lengths_R, bool))

@@ -26,6 +26,11 @@ class CaptioningObjective:
       z_loss: weight of the squared log of the softmax's denominator.
       normalization: "caption": the mean over captions of their mean over tokens; "token": the mean
         over the scored tokens of the global batch.
+      smile_weight: share of SMILE in this loss, of likelihood the rest (see `smile_nll`); it needs
+        causal rows alone. SMILE's authors fine-tune with 1 and with 0.99.
+      smile_first_token: the first position is scored by likelihood all the same, because it must
+        choose among all words.
+      smile_subset: among which ids SMILE chooses: those of the "label", or in "reverse" all others.
     """
 
     weight: float = 1.0
@@ -37,6 +42,9 @@ class CaptioningObjective:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     normalization: str = "caption"
+    smile_weight: float = 0.0
+    smile_first_token: bool = True
+    smile_subset: str = "label"
 
     def __post_init__(self):
         fraction = self.parallel_fraction
@@ -52,6 +60,13 @@ class CaptioningObjective:
         _check("label_smoothing", smoothing, 0 <= smoothing < 1, "0 to less than 1")
         _check("z_loss", self.z_loss, 0 <= self.z_loss < math.inf, "0 or more")
         _check_choice("normalization", self.normalization, ("caption", "token"))
+        _check("smile_weight", self.smile_weight, 0 <= self.smile_weight <= 1, "0 to 1")
+        _check_choice("smile_subset", self.smile_subset, ("label", "reverse"))
+        if self.smile_weight and fraction:
+            raise UserError(
+                f"objective.captioning.smile_weight={self.smile_weight} with parallel_fraction="
+                f"{fraction}: SMILE is for causal rows; set parallel_fraction=0"
+            )
 
     @property
     def is_mixed(self) -> bool:

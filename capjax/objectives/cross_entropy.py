@@ -27,13 +27,20 @@ from capjax.mesh import BATCH, act_BL, act_BLD, reshard
 NUM_CHUNKS = 8
 
 
+class Split(NamedTuple):
+    """How one device's part of rows and head was cut from the whole."""
+
+    batch_axes: tuple[str, ...] = ()  # the mesh axes over which the rows are split
+    vocab_axis: str | None = None  # the one over which V is split
+
+
 class _Settings(NamedTuple):
     vocab_size: int
     label_smoothing: float
     z_loss: float
     chunk: int | None  # tokens
-    batch_axes: tuple[str, ...] = ()  # the mesh axes over which T is split
-    vocab_axis: str | None = None  # the one over which V is split
+    batch_axes: tuple[str, ...] = ()  # as in `Split`
+    vocab_axis: str | None = None
 
 
 def token_nll(
@@ -57,7 +64,8 @@ def token_nll(
     """
     settings = _Settings(vocab_size, label_smoothing, 0.0, chunk)
     rows = (labels_BL,)
-    return _per_device(_plain, settings, hidden_BLE, kernel_EV, bias_V, rows)[1]
+    walk = functools.partial(_flat, _plain, settings)
+    return per_device(walk, hidden_BLE, kernel_EV, bias_V, rows)[1]
 
 
 def weighted_nll(
@@ -80,25 +88,30 @@ def weighted_nll(
     """
     settings = _Settings(vocab_size, label_smoothing, z_loss, chunk)
     rows = (labels_BL, weights_BL)
-    return _per_device(_weighted, settings, hidden_BLE, kernel_EV, bias_V, rows)
+    walk = functools.partial(_flat, _weighted, settings)
+    return per_device(walk, hidden_BLE, kernel_EV, bias_V, rows)
 
 
-def _per_device(function: Callable, settings: _Settings, hidden_BLE, kernel_EV, bias_V, rows):
-    """`function` on each device's tokens -> (its first result summed over devices, nll_BL)."""
+def per_device(
+    function: Callable,
+    hidden_BLE: Float[Array, "B L E"],
+    kernel_EV: Float[Array, "E V"],
+    bias_V: Float[Array, "V"],
+    rows: tuple[Array, ...],
+) -> tuple[Float[Array, ""] | None, Float[Array, "B L ..."]]:
+    """`function` of each device's rows: (its first result summed over devices, its second).
 
-    def flat(settings, hidden_BLE, kernel_EV, bias_V, rows):
-        B, L, E = hidden_BLE.shape
-        hidden_TE, rows_T = hidden_BLE.reshape(-1, E), [row.reshape(-1) for row in rows]
-        total, nll_T = function(settings, hidden_TE, kernel_EV, bias_V, *rows_T)
-        return total, nll_T.reshape(B, L)
-
+    It is called with a `Split`, the device's `hidden_BLE` and `rows` (arrays [B, L]), and the head:
+    gathered over `fsdp`, split over `tensor` where V divides. It returns a sum over the device's
+    rows, or None, and an array [B, L, ...], the same for all along `tensor`.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return flat(settings, hidden_BLE, kernel_EV, bias_V, rows)
+        return function(Split(), hidden_BLE, kernel_EV, bias_V, rows)
     E, V = kernel_EV.shape
     vocab_axis = "tensor" if mesh.shape["tensor"] > 1 and V % mesh.shape["tensor"] == 0 else None
     fsdp_axis = "fsdp" if E % mesh.shape["fsdp"] == 0 else None
-    settings = settings._replace(batch_axes=BATCH, vocab_axis=vocab_axis)
+    split = Split(BATCH, vocab_axis)
 
     def device(hidden_BLE, kernel_EV, bias_V, rows):
         # These casts transpose to the sums over devices: one each, outside the walk over chunks;
@@ -109,12 +122,21 @@ def _per_device(function: Callable, settings: _Settings, hidden_BLE, kernel_EV, 
             kernel_EV = lax.all_gather(kernel_EV, "fsdp", axis=0, tiled=True)
         if vocab_axis:
             hidden_BLE = _varying(hidden_BLE, (vocab_axis,))
-        total, nll_BL = flat(settings, hidden_BLE, kernel_EV, bias_V, rows)
+        total, nll_BL = function(split, hidden_BLE, kernel_EV, bias_V, rows)
         return lax.psum(total, BATCH), nll_BL
 
     specs = (act_BLD, P(fsdp_axis, vocab_axis), P(vocab_axis), tuple(act_BL for _ in rows))
     arguments = jax.tree.map(reshard, (hidden_BLE, kernel_EV, bias_V, rows), specs)
     return jax.shard_map(device, in_specs=specs, out_specs=(P(), act_BL))(*arguments)
+
+
+def _flat(walk: Callable, settings: _Settings, split: Split, hidden_BLE, kernel_EV, bias_V, rows):
+    """`walk` over the tokens of all rows, for `per_device`."""
+    B, L, E = hidden_BLE.shape
+    settings = settings._replace(**split._asdict())
+    hidden_TE, rows_T = hidden_BLE.reshape(-1, E), [row.reshape(-1) for row in rows]
+    total, nll_T = walk(settings, hidden_TE, kernel_EV, bias_V, *rows_T)
+    return total, nll_T.reshape(B, L)
 
 
 def _varying(tree, axes: tuple[str, ...]):
