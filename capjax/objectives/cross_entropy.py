@@ -12,7 +12,7 @@ chunk, V here the columns of one device.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +98,7 @@ def per_device(
     kernel_EV: Float[Array, "E V"],
     bias_V: Float[Array, "V"],
     rows: tuple[Array, ...],
-) -> tuple[Float[Array, ""] | None, Float[Array, "B L ..."]]:
+) -> tuple[Any, Float[Array, "B L ..."]]:
     """`function` of each device's rows: (its first result summed over devices, its second).
 
     It is called with a `Split`, the device's `hidden_BLE` and `rows` (arrays [B, L]), and the head:
