@@ -28,7 +28,7 @@ def write_attention(
     """`attention/<split>.json` of a workdir, from its `captions/<split>.jsonl`; returns the path.
 
     At most `max_images`, evenly spread. For one process. Raises as `map_words`, and where there are
-    no captions of the split.
+    no captions of the split or the file cannot be written.
     """
     path = root / "captions" / f"{split}.jsonl"
     if not path.exists():
@@ -44,9 +44,13 @@ def write_attention(
         [record["caption"] for record in records],
         layer=layer,
     )
-    (root / "attention").mkdir(exist_ok=True)
-    write_word_maps(root / "attention" / f"{split}.json", found)
-    return root / "attention" / f"{split}.json"
+    output = root / "attention" / f"{split}.json"
+    try:
+        output.parent.mkdir(exist_ok=True)
+        write_word_maps(output, found)
+    except OSError as error:
+        raise UserError(f"{output}: {error.strerror or error}; free some space") from error
+    return output
 
 
 def map_words(

@@ -7,7 +7,11 @@ from capjax.errors import UserError
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the numbers, adds them to metrics.jsonl, writes captions/ and evaluations/."""
+    """Prints the numbers, adds them to metrics.jsonl, writes captions/ and evaluations/.
+
+    Raises `UserError` where the workdir cannot be written: at once, or, where a disk fills up, once
+    all is measured and printed.
+    """
     from capjax.commands import runtime
 
     splits = _splits(args.split)
@@ -58,11 +62,16 @@ def run(args: argparse.Namespace) -> None:
     with contextlib.ExitStack() as stack:
         # What was measured is said and kept, whatever becomes of the rest.
         stack.callback(lambda: any(found.values()) and _say(_table(found, loaded.step)))
-        keep = _keeper(root, loaded.step, stack)
+        keep = _keeper(root, loaded.step, stack, evaluation.unwritten)
         for name, split in opened.items():
             found[name] = keep(name, evaluation.split(name, split, model))
         for name, _ in evaluation.measures.tests:
             found[f"test_{name}"] = keep(f"test_{name}", evaluation.test(name, model))
+        if evaluation.unwritten:
+            raise UserError(
+                f"{root}: not written: {', '.join(dict.fromkeys(evaluation.unwritten))}; free some "
+                "space or make it writable, and evaluate again"
+            )
         if args.attention and loaded.towers.generator and jax.process_index() == 0:
             for name in opened:
                 write_attention(loaded, root, name, max_images=args.attention)
@@ -75,19 +84,36 @@ def _say(text: str) -> None:
         print(text)
 
 
-def _keeper(root, step: int, stack: contextlib.ExitStack):
-    """`keep(name, metrics)` adds a line to metrics.jsonl, on one process, and returns them."""
+def _keeper(root, step: int, stack: contextlib.ExitStack, unwritten: list[str]):
+    """`keep(name, metrics)` adds a line to metrics.jsonl, on one process, and returns them.
+
+    Where it cannot be added any more, that is put into `unwritten`. Raises `UserError` where the
+    file cannot be opened.
+    """
     import jax
 
     from capjax.training.metrics import JsonlWriter
 
     if jax.process_index():
         return lambda name, metrics: metrics
-    writer = JsonlWriter(root / "metrics.jsonl", restored_step=2**62)  # trims torn lines only
-    stack.callback(writer.close)
+    path = root / "metrics.jsonl"
+    try:
+        writer = JsonlWriter(path, restored_step=2**62)  # trims torn lines only
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; make it writable") from error
+
+    def closed() -> None:
+        with contextlib.suppress(OSError):  # of the line that `keep` has told of
+            writer.close()
+
+    stack.callback(closed)
 
     def keep(name: str, metrics: dict[str, float]) -> dict[str, float]:
-        writer.write(step, {f"eval/{name}/{metric}": value for metric, value in metrics.items()})
+        try:
+            values = {f"eval/{name}/{metric}": value for metric, value in metrics.items()}
+            writer.write(step, values)
+        except OSError:
+            unwritten.append("metrics.jsonl")
         return metrics
 
     return keep

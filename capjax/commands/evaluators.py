@@ -1,12 +1,14 @@
 """The evaluation of a run's splits, in training and by `capjax evaluate`."""
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from capjax.commands.build import DataPlan, Plan, evaluation_batches
@@ -16,6 +18,7 @@ from capjax.commands.measures import Measures, Probes
 from capjax.commands.represent import represent
 from capjax.commands.settings import resolved_dict
 from capjax.data.captions import reference_texts
+from capjax.data.pipeline import Batches
 from capjax.data.sources import Source
 from capjax.decoding.loaded_model import LoadedModel
 from capjax.decoding.options import GREEDY, DecodingOptions
@@ -38,7 +41,8 @@ class Evaluation:
     `root` is the workdir: captions go to captions/<split>.jsonl, all that was measured to
     evaluations/<split>.json, probes to <split>@probes.json, captions with guidance to
     <split>@<scale>.json, a test of composition to test_<name>.json. `say` is told of a captioner
-    that ignores its images, and of what cannot be measured. `features`: where the probes' are kept.
+    that ignores its images, and of what cannot be measured, read or written; `unwritten` keeps the
+    last. `features`: where the probes' are kept. Every process measures, the first one writes.
     """
 
     def __init__(
@@ -63,12 +67,15 @@ class Evaluation:
         self.max_examples = max_examples
         self.say = say
         self.features = features
+        self.unwritten: list[str] = []
+        self._unreadable = 0
 
     def split(self, name: str, opened: Opened, model: LoadedModel) -> dict[str, float]:
         """All that can be measured of one split; the numbers. `model` lies on the mesh.
 
         What cannot be is said and noted, and holds up nothing else.
         """
+        self._unreadable = 0
         parts: dict[str, Measured] = {}
         if model.towers.generator is not None:
             likelihood = self._try(name, "loss", lambda: self._likelihood(opened, model))
@@ -78,6 +85,9 @@ class Evaluation:
             parts["retrieval"] = self._try(
                 name, "image_to_text_r1", lambda: self._retrieval(opened, model)
             )
+        if self._unreadable:
+            parts["read"] = Measured({}, notes={"unreadable": self._unreadable})
+            self._say(f"{name}: {self._unreadable} images cannot be read and are left out")
         found = join(parts)
         self._write(name, found, model.step)
         if model.towers.generator is not None:
@@ -108,18 +118,22 @@ class Evaluation:
         try:
             return measure()
         except UserError as error:
-            if jax.process_index() == 0:
-                self.say(f"warning: {name}: {what} not measured: {error}")
+            self._say(f"{name}: {what} not measured: {error}")
             return Measured({}, skipped={what: str(error)})
 
-    def _rows(self, opened: Opened, model: LoadedModel):
-        return evaluation_batches(
+    @contextlib.contextmanager
+    def _rows(self, opened: Opened, model: LoadedModel) -> Iterator[Batches]:
+        """This process's batches; once they are read, `_unreadable` counts those of all."""
+        with evaluation_batches(
             self.data,
             opened[1],
             model.tokenizer,
             batch_size=self.batch_size,
             max_examples=self.max_examples,
-        )
+        ) as rows:
+            yield rows
+            counts = multihost_utils.process_allgather(np.array(rows.bad.total()))
+            self._unreadable = int(counts.sum())
 
     def _likelihood(self, opened: Opened, model: LoadedModel) -> Measured:
         with self._rows(opened, model) as rows:
@@ -141,11 +155,9 @@ class Evaluation:
                 step=model.step,
                 options=options,
             )
-        if jax.process_index() == 0:
-            # Pages show what lies in captions/ itself: a gallery for each split.
-            folder = "captions/guided" if options.is_guided else "captions"
-            (self.root / folder).mkdir(parents=True, exist_ok=True)
-            write_captions(self.root / folder / f"{name}.jsonl", records)
+        # Pages show what lies in captions/ itself: a gallery for each split.
+        folder = "captions/guided" if options.is_guided else "captions"
+        self._keep(f"{folder}/{name}.jsonl", lambda path: write_captions(path, records))
         measures = self.measures
         found = {
             "captions": measure_records(
@@ -166,8 +178,7 @@ class Evaluation:
         }
         if options.is_guided and not model.has_null_image:
             notes["null_image"] = "trained without image_dropout: guidance leads away from nothing"
-            if jax.process_index() == 0:
-                self.say(f"warning: {name}: {notes['null_image']}")
+            self._say(f"{name}: {notes['null_image']}")
         return found | {"notes": Measured({}, notes=notes)}
 
     def _judged(self, judge: LoadedModel, source: Source, records: list[CaptionRecord]) -> Measured:
@@ -220,14 +231,28 @@ class Evaluation:
 
     def _warn(self, name: str, found: Measured) -> None:
         references = found.notes["references_distinct_ratio"] or 1.0
-        if jax.process_index() == 0 and (reason := blindness(found.metrics, references)):
-            self.say(f"warning: on {name} the captioner {reason}")
+        if reason := blindness(found.metrics, references):
+            self._say(f"on {name} the captioner {reason}")
+
+    def _say(self, warning: str) -> None:
+        if jax.process_index() == 0:
+            self.say(f"warning: {warning}")
 
     def _write(self, name: str, measured: Measured, step: int) -> None:
-        if jax.process_index() == 0:
-            (self.root / "evaluations").mkdir(parents=True, exist_ok=True)
-            noted = measured._replace(notes={**measured.notes, "step": step})
-            write_measured(self.root / "evaluations" / f"{name}.json", noted)
+        noted = measured._replace(notes={**measured.notes, "step": step})
+        self._keep(f"evaluations/{name}.json", lambda path: write_measured(path, noted))
+
+    def _keep(self, name: str, write: Callable[[epath.Path], None]) -> None:
+        """Writes a file of the workdir; a disk that is full must not end a run."""
+        if jax.process_index() != 0:
+            return
+        path = self.root / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(path)
+        except OSError as error:
+            self.unwritten.append(name)
+            self._say(f"{path} not written: {error.strerror or error}")
 
 
 def build_evaluators(plan: Plan, root: epath.Path, say: Callable[[str], None]) -> list[Evaluator]:

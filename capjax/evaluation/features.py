@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from capjax.checkpoint.digest import digest_lanes, to_hex
+from capjax.checkpoint.reading import warn
 from capjax.data.images import ImagePreprocessing
 from capjax.data.records import CorruptRecord
 from capjax.data.sources import Source
@@ -96,7 +97,7 @@ def kept(directory: epath.Path, described: Any, make: Callable[[], ImageRows]) -
     """What `make` returns, or returned when it was last `described` so (as JSON has it).
 
     The first process writes, whole files only; a file is read only where every process can read it.
-    Raises `UserError` where the directory cannot be written.
+    Where it cannot be written a warning says so: what was made is no worse for it.
     """
     name = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
     path = directory / f"{name}.npz"
@@ -118,10 +119,7 @@ def kept(directory: epath.Path, described: Any, make: Callable[[], ImageRows]) -
             directory.mkdir(parents=True, exist_ok=True)
             write_atomic(path, content.getvalue())
         except OSError as error:
-            raise UserError(
-                f"features cannot be kept in {directory} ({error.strerror or error}); "
-                "name another directory, or none"
-            ) from error
+            warn(f"features cannot be kept in {directory} ({error.strerror or error})")
     return rows
 
 
