@@ -117,7 +117,8 @@ class WithVague:
 
     It is the short name without its attributes, each left out with probability `fraction`,
     independently: a hash of the key and the attribute decides. `metadata["attributes"]` has those
-    of the short name (`attributes`).
+    of the short name (`attributes`), and `metadata["said"]` the share of them in the vague caption
+    (1 where there are none): how well it fits.
     """
 
     def __init__(self, source: "Source", fraction: float) -> None:
@@ -131,9 +132,12 @@ class WithVague:
         example = self.source[checked_index(index, self)]
         name = example.captions[0].text
         text = make_vague(name, lambda unit: _uniform(example.key, unit) < self.fraction)
+        full = attributes(name)
+        count, kept = (sum(map(len, found.values())) for found in (full, attributes(text)))
+        said = kept / count if count else 1.0
         return example._replace(
             captions=(*example.captions, Caption(text, VAGUE)),
-            metadata=example.metadata | {"attributes": attributes(name)},
+            metadata=example.metadata | {"attributes": full, "said": said},
         )
 
     def __repr__(self) -> str:

@@ -97,6 +97,16 @@ def test_seven_attributes_in_ten_are_left_out_independently(examples):
     assert abs(np.corrcoef(tone_N, gender_N)[0, 1]) < 0.08
 
 
+def test_the_share_of_attributes_that_is_said(examples):
+    shares = {example.captions[0].text: set() for example in examples}
+    for example in examples:
+        share = example.metadata["said"]
+        assert (share == 1) == (example.captions[0].text == example.captions[-1].text)
+        shares[example.captions[0].text].add(share)
+    assert set().union(*shares.values()) >= {0, 1 / 3, 1 / 2, 1}
+    assert shares["woman pilot: light skin tone"] <= {0, 0.5, 1} and shares["ant"] == {1}
+
+
 def test_an_address_adds_a_caption_and_changes_nothing_else(examples):
     plain = open_source("emoji:val")
     for fraction, expected in ((0, lambda text: text), (1, lambda text: make_vague(text, bool))):
