@@ -25,11 +25,15 @@ from capjax.checkpoint.files import (
 )
 from capjax.dims import Params
 from capjax.errors import UserError
+from capjax.training.lora import LORA, merge
 from capjax.training.patterns import nested
 
 
 class LoadedCheckpoint(NamedTuple):
-    """A checkpoint's parameters (nested dict, on one device), and what goes with them."""
+    """A checkpoint's parameters (nested dict, on one device), and what goes with them.
+
+    Where the run adapted kernels (`capjax.training.lora`), they are merged.
+    """
 
     params: Params
     metadata: Metadata
@@ -71,8 +75,12 @@ def _load(directory: epath.Path) -> LoadedCheckpoint:
     arrays = read_arrays(directory, on_one_device(entries))
     check_digests(arrays, entries)
     has_tokenizer = TOKENIZER_FILE in metadata["files"]
+    params = nested(arrays)[top]
+    if LORA in params:
+        lora = metadata["config"]["lora"]
+        params = merge(params, lora["alpha"] / lora["rank"])
     return LoadedCheckpoint(
-        params=nested(arrays)[top],
+        params=params,
         metadata=metadata,
         tokenizer_model=(directory / TOKENIZER_FILE).read_bytes() if has_tokenizer else b"",
         step=metadata["step"],

@@ -6,10 +6,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-from etils import epath
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
-
 from capjax.checkpoint import check_disk_space, find_steps
 from capjax.commands.measures import MEASURES, Measures, open_measures
 from capjax.commands.program import build_mesh, build_program, check_counts
@@ -32,8 +28,12 @@ from capjax.data.tokenizer import Tokenizer
 from capjax.errors import UserError, did_you_mean
 from capjax.models.towers import Towers
 from capjax.objectives.combined import Objectives
+from capjax.training.lora import LoRA
 from capjax.training.state import TrainState
 from capjax.training.warm_start import WarmStart
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 SYNTHETIC = "synthetic"
 
@@ -67,6 +67,7 @@ class Plan(NamedTuple):
     abstract_state: TrainState
     abstract_inputs: Callable[[], tuple]  # what `train_step` takes, as types on the mesh
     train_step: Callable
+    lora: LoRA = LoRA()  # how parameters are merged before they are used
 
 
 def build_run(config: ConfigDict, workdir: str) -> Plan:
@@ -97,6 +98,7 @@ def build_run(config: ConfigDict, workdir: str) -> Plan:
         measures=measures,
         tokenizer=tokenizer,
         warm_start=build_warm_start(config),
+        lora=program.lora,
         objectives=program.objectives,
         towers=program.towers,
         total_steps=program.total_steps,
@@ -249,6 +251,11 @@ def build_warm_start(config: ConfigDict) -> WarmStart:
     warm = from_dataclass_kwargs(WarmStart, config.warm_start, "warm_start")
     if warm.path:
         find_steps(warm.path)
+    elif config.lora.rank:
+        raise UserError(
+            f"lora.rank={config.lora.rank} adapts parameters that stay as they are, but "
+            "warm_start.path is empty: give the workdir or checkpoint that they come from"
+        )
     elif warm.include or warm.exclude:
         raise UserError(
             f"warm_start.path is empty, but include={warm.include} and exclude={warm.exclude}: "

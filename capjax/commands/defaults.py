@@ -200,6 +200,10 @@ def default_config() -> ConfigDict:
             "freeze": (),
         }
     )
+    # Low-rank products trained on top of kernels, which stay as they are; a rank of 0: none.
+    config.lora = ConfigDict(
+        {"rank": 0, "alpha": 16.0, "targets": (".*attention",), "train": (), "init_std": 0.0}
+    )
     # Parameters to start from: a workdir or a checkpoint, and patterns of what is taken from it.
     config.warm_start = ConfigDict({"path": "", "include": (), "exclude": ()})
 

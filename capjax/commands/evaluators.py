@@ -7,11 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh
-
-from capjax.commands.build import DataPlan, Plan, evaluation_batches
 from capjax.commands.compose import compose
 from capjax.commands.judged import judge_captions
 from capjax.commands.measures import Measures, Probes
@@ -31,6 +26,12 @@ from capjax.evaluation.retrieval import evaluate_retrieval
 from capjax.evaluation.splits import CaptionRecord, caption_split, measure_records, write_captions
 from capjax.objectives.combined import Objectives
 from capjax.training.loop import Evaluator
+from capjax.training.lora import merge
+from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from capjax.commands.build import DataPlan, Plan, evaluation_batches
 
 Opened = tuple[str, Source]  # what was opened, and the source
 
@@ -263,7 +264,7 @@ def build_evaluators(plan: Plan, root: epath.Path, say: Callable[[str], None]) -
     def run(of: str, state, step):
         model = LoadedModel(
             towers=plan.towers,
-            params=state.params if state.ema is None else state.ema,
+            params=merge(state.params if state.ema is None else state.ema, plan.lora.scale),
             stored_tokenizer=plan.tokenizer,
             preprocessing=plan.data.preprocessing,
             config=config,

@@ -1,5 +1,6 @@
 """From a config to the program of its training step, which needs no data: shapes are enough."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,14 +15,19 @@ from ml_collections import ConfigDict
 from capjax.commands.models import build_objectives, build_towers
 from capjax.commands.settings import from_dataclass_kwargs
 from capjax.data.tokenizer import EOS_ID
+from capjax.dims import Params, PRNGKeyArray
 from capjax.errors import UserError
 from capjax.mesh import BATCH, MeshShape, check_batch_size, make_mesh, num_batch_shards
 from capjax.models.towers import Towers
 from capjax.objectives.combined import Objectives, combined_loss
+from capjax.training.lora import LoRA, held_patterns, merge, with_lora
 from capjax.training.optimizer import OptimizerConfig, make_optimizer
 from capjax.training.schedule import duration
 from capjax.training.state import TrainState, init_state
 from capjax.training.step import make_train_step
+
+# What the key of the factors' draw is folded from: no model of a run has this number.
+_LORA_DRAW = 0xFFFFFFFF
 
 
 class Program(NamedTuple):
@@ -31,6 +37,7 @@ class Program(NamedTuple):
     mesh: Mesh
     objectives: Objectives
     towers: Towers
+    lora: LoRA
     optimizer: OptimizerConfig
     tx: optax.GradientTransformation
     total_steps: int
@@ -84,8 +91,12 @@ def build_program(
     objectives = build_objectives(config)
     towers = build_towers(config, objectives, vocab_size, eos_id)
     optimizer, total_steps = build_optimizer(config, num_examples)
-    tx, learning_rate = make_optimizer(optimizer, total_steps, towers.unpadded_params())
-    start = functools.partial(init_state, towers.init, tx, config.seed, ema=optimizer.ema_decay > 0)
+    adapted = adapt(config, towers, optimizer)
+    optimizer = adapted.optimizer
+    tx, learning_rate = make_optimizer(optimizer, total_steps, adapted.unpadded_params)
+    has_ema = optimizer.ema_decay > 0
+    start = functools.partial(init_state, adapted.init, tx, config.seed, ema=has_ema)
+    loss = combined_loss(towers, objectives, config.captions.per_image)
     with jax.set_mesh(mesh):
         abstract_state = jax.eval_shape(start)
     return Program(
@@ -93,13 +104,14 @@ def build_program(
         mesh=mesh,
         objectives=objectives,
         towers=towers,
+        lora=adapted.lora,
         optimizer=optimizer,
         tx=tx,
         total_steps=total_steps,
         init_state=start,
         abstract_state=abstract_state,
         train_step=make_train_step(
-            combined_loss(towers, objectives, config.captions.per_image),
+            loss.on(lambda params: merge(params, adapted.lora.scale)),
             tx,
             learning_rate=learning_rate,
             accumulation_steps=config.accumulation_steps,
@@ -107,6 +119,29 @@ def build_program(
             ema_decay=optimizer.ema_decay,
         ),
     )
+
+
+class Adapted(NamedTuple):
+    """What the section `lora` makes of a run's parameters and of its optimizer."""
+
+    lora: LoRA
+    init: Callable[[PRNGKeyArray], Params]  # of `Towers.init`, with the factors
+    unpadded_params: Params  # of `Towers.unpadded_params`, with the factors
+    optimizer: OptimizerConfig  # holds fast what does not train
+
+
+def adapt(config: ConfigDict, towers: Towers, optimizer: OptimizerConfig) -> Adapted:
+    """Takes up the section `lora`; with a rank of 0 all is as it was. Raises `UserError`."""
+    lora = from_dataclass_kwargs(LoRA, config.lora, "lora")
+
+    def init(key: PRNGKeyArray) -> Params:
+        return with_lora(towers.init(key), jax.random.fold_in(key, _LORA_DRAW), lora)
+
+    unpadded = towers.unpadded_params()
+    if lora.rank:
+        unpadded = jax.eval_shape(lambda x: with_lora(x, jax.random.key(0), lora), unpadded)
+    freeze = (*optimizer.freeze, *held_patterns(unpadded, lora))
+    return Adapted(lora, init, unpadded, dataclasses.replace(optimizer, freeze=freeze))
 
 
 def build_mesh(config: ConfigDict, devices: list | None = None) -> Mesh:

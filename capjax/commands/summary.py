@@ -15,6 +15,7 @@ from capjax.commands.build import Plan
 from capjax.commands.settings import resolved_dict
 from capjax.errors import UserError
 from capjax.training.loop import TrainSummary
+from capjax.training.lora import LORA
 from capjax.training.progress import process_age_s
 
 
@@ -40,8 +41,10 @@ def describe(plan: Plan) -> str:
     """The line before the first step: sizes, data, devices."""
     examples = f"{len(plan.source):,} examples" if plan.source else "synthetic examples"
     mesh = "x".join(f"{size}{axis}" for axis, size in plan.mesh.shape.items() if size > 1)
+    factors = jax.tree.leaves(plan.abstract_state.params.get(LORA, {}))
+    added = f" and {sum(x.size for x in factors) / 1e6:.2f} M of LoRA" if factors else ""
     return (
-        f"{plan.towers.num_params() / 1e6:.2f} M parameters, {examples}, "
+        f"{plan.towers.num_params() / 1e6:.2f} M parameters{added}, {examples}, "
         f"vocabulary {plan.tokenizer.vocab_size}, {plan.total_steps:,} steps of "
         f"{plan.config.batch_size}, on {devices()}{f' as {mesh}' if mesh else ''}"
     )

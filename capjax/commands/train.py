@@ -39,9 +39,10 @@ def run(args: argparse.Namespace) -> None:
     with runtime.rarer_collections():
         runtime.start(args)
 
-        from capjax.commands.build import build_run
         from capjax.data.layouts import without_caches
         from capjax.training.workdir import open_workdir
+
+        from capjax.commands.build import build_run
 
         plan = build_run(config, args.workdir)
     check_schedule(config, args.workdir)
@@ -54,10 +55,9 @@ def check_schedule(config, workdir: str) -> None:
     """Raises `UserError` where a resume would change which source stood at a position seen."""
     import json
 
-    from etils import epath
-
     from capjax.checkpoint import list_steps
     from capjax.data.mixture import check_appended
+    from etils import epath
 
     root = epath.Path(workdir).expanduser()
     if not config.data.mixture or not (root / "config.json").exists():
@@ -78,10 +78,7 @@ def train_run(plan, workdir) -> None:
     import json
 
     import jax
-
     from capjax.checkpoint import Checkpointer, step_directory
-    from capjax.commands import build, summary
-    from capjax.commands.evaluators import build_evaluators
     from capjax.mesh import place_batch
     from capjax.training.bad_records import BadRecords
     from capjax.training.loop import train
@@ -89,6 +86,9 @@ def train_run(plan, workdir) -> None:
     from capjax.training.profile import Tracer
     from capjax.training.progress import Progress
     from capjax.training.workdir import write_atomic
+
+    from capjax.commands import build, summary
+    from capjax.commands.evaluators import build_evaluators
 
     config, root = plan.config, workdir.path
     with contextlib.ExitStack() as stack:
@@ -167,8 +167,8 @@ def compiled_ahead(plan, root, stack):
     from concurrent.futures import ThreadPoolExecutor
 
     import jax
-
     from capjax.checkpoint import list_steps
+
     from capjax.commands import runtime
 
     if max(list_steps(root / "checkpoints"), default=0) >= plan.total_steps:
@@ -190,9 +190,9 @@ def compiled_ahead(plan, root, stack):
 def first_state(plan, say):
     """The state before the first step, with what the warm start brings."""
     import jax
-
     from capjax.checkpoint import load_params
     from capjax.commands.summary import check_tokens, warm_start_changes
+    from capjax.training.lora import merge
     from capjax.training.state import with_params
     from capjax.training.warm_start import warm_start
 
@@ -204,11 +204,10 @@ def first_state(plan, say):
     state = jax.jit(plan.init_state, compiler_options=options)()
     if loaded is None:
         return state
-    params, names = warm_start(
-        state.params, loaded.params, include=warm.include, exclude=warm.exclude
-    )
+    base = merge(state.params, 0.0)
+    params, names = warm_start(base, loaded.params, include=warm.include, exclude=warm.exclude)
     check_tokens(plan, loaded, names)
     say(f"{len(names)} arrays of step {loaded.step} of {warm.path}, such as {names[0]}")
     for change in warm_start_changes(plan, loaded, names):
         say(f"warm start: {change}")
-    return with_params(state, params)
+    return with_params(state, state.params | params)

@@ -24,6 +24,15 @@ class Loss(NamedTuple):
     prepare: Callable[[Batch, PRNGKeyArray], Batch] | None = None
     rows_together: int = 1
 
+    def on(self, change: Callable[[Params], Params]) -> "Loss":
+        """This loss as a function of parameters that `change` turns into those it is made of."""
+
+        def changed(function):
+            return lambda params, *rest: function(change(params), *rest)
+
+        across = None if self.across is None else changed(self.across)
+        return self._replace(rows=changed(self.rows), across=across)
+
     def prepared(self, batch: Batch, key: PRNGKeyArray) -> Batch:
         """The batch as `rows` reads it."""
         return batch if self.prepare is None else self.prepare(batch, key)

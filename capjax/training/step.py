@@ -45,7 +45,7 @@ def make_train_step(
     """
 
     if freeze:
-        loss = _held(loss, freeze)
+        loss = loss.on(lambda params: stop_gradients(params, freeze))
     optimizer = optax.with_extra_args_support(tx)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -78,16 +78,6 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state, state.key, ema), metrics
 
     return jax.jit(train_step, donate_argnums=0)
-
-
-def _held(loss: Loss, freeze: Sequence[str]) -> Loss:
-    """`loss` without gradients of the parameters that a pattern matches."""
-
-    def held(function):
-        return lambda params, *rest: function(stop_gradients(params, freeze), *rest)
-
-    across = None if loss.across is None else held(loss.across)
-    return loss._replace(rows=held(loss.rows), across=across)
 
 
 def _gradients(loss: Loss, params: Params, batch: Batch, key: PRNGKeyArray, steps: int):

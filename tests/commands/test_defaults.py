@@ -15,6 +15,7 @@ from capjax.models.towers import KINDS
 from capjax.objectives.captioning_objective import CaptioningObjective
 from capjax.objectives.coca import CoCaObjective
 from capjax.objectives.contrastive import ContrastiveObjective
+from capjax.training.lora import LoRA
 from capjax.training.optimizer import OptimizerConfig
 from capjax.training.warm_start import WarmStart
 
@@ -34,6 +35,7 @@ CONFIG = default_config()
         (CONFIG.objective.contrastive, ContrastiveObjective, {}),
         (CONFIG.objective.coca, CoCaObjective, {}),
         (CONFIG.warm_start, WarmStart, {}),
+        (CONFIG.lora, LoRA, {}),
         (
             CONFIG.optimizer,
             OptimizerConfig,
