@@ -6,6 +6,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
 from capjax.checkpoint import check_disk_space, find_steps
 from capjax.commands.measures import MEASURES, Measures, open_measures
 from capjax.commands.program import build_mesh, build_program, check_counts
@@ -31,9 +35,6 @@ from capjax.objectives.combined import Objectives
 from capjax.training.lora import LoRA
 from capjax.training.state import TrainState
 from capjax.training.warm_start import WarmStart
-from etils import epath
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 SYNTHETIC = "synthetic"
 

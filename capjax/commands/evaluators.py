@@ -7,6 +7,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from capjax.commands.build import DataPlan, Plan, evaluation_batches
 from capjax.commands.compose import compose
 from capjax.commands.judged import judge_captions
 from capjax.commands.measures import Measures, Probes
@@ -27,11 +32,6 @@ from capjax.evaluation.splits import CaptionRecord, caption_split, measure_recor
 from capjax.objectives.combined import Objectives
 from capjax.training.loop import Evaluator
 from capjax.training.lora import merge
-from etils import epath
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh
-
-from capjax.commands.build import DataPlan, Plan, evaluation_batches
 
 Opened = tuple[str, Source]  # what was opened, and the source
 

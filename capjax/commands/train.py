@@ -39,10 +39,9 @@ def run(args: argparse.Namespace) -> None:
     with runtime.rarer_collections():
         runtime.start(args)
 
+        from capjax.commands.build import build_run
         from capjax.data.layouts import without_caches
         from capjax.training.workdir import open_workdir
-
-        from capjax.commands.build import build_run
 
         plan = build_run(config, args.workdir)
     check_schedule(config, args.workdir)
@@ -55,9 +54,10 @@ def check_schedule(config, workdir: str) -> None:
     """Raises `UserError` where a resume would change which source stood at a position seen."""
     import json
 
+    from etils import epath
+
     from capjax.checkpoint import list_steps
     from capjax.data.mixture import check_appended
-    from etils import epath
 
     root = epath.Path(workdir).expanduser()
     if not config.data.mixture or not (root / "config.json").exists():
@@ -78,7 +78,10 @@ def train_run(plan, workdir) -> None:
     import json
 
     import jax
+
     from capjax.checkpoint import Checkpointer, step_directory
+    from capjax.commands import build, summary
+    from capjax.commands.evaluators import build_evaluators
     from capjax.mesh import place_batch
     from capjax.training.bad_records import BadRecords
     from capjax.training.loop import train
@@ -86,9 +89,6 @@ def train_run(plan, workdir) -> None:
     from capjax.training.profile import Tracer
     from capjax.training.progress import Progress
     from capjax.training.workdir import write_atomic
-
-    from capjax.commands import build, summary
-    from capjax.commands.evaluators import build_evaluators
 
     config, root = plan.config, workdir.path
     with contextlib.ExitStack() as stack:
@@ -167,8 +167,8 @@ def compiled_ahead(plan, root, stack):
     from concurrent.futures import ThreadPoolExecutor
 
     import jax
-    from capjax.checkpoint import list_steps
 
+    from capjax.checkpoint import list_steps
     from capjax.commands import runtime
 
     if max(list_steps(root / "checkpoints"), default=0) >= plan.total_steps:
@@ -190,6 +190,7 @@ def compiled_ahead(plan, root, stack):
 def first_state(plan, say):
     """The state before the first step, with what the warm start brings."""
     import jax
+
     from capjax.checkpoint import load_params
     from capjax.commands.summary import check_tokens, warm_start_changes
     from capjax.training.lora import merge
