@@ -1,5 +1,6 @@
 """A checkpoint on a test of composition: which captions it finds true of which images."""
 
+import contextlib
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -8,17 +9,21 @@ import numpy as np
 from jax.sharding import Mesh
 
 from capjax.data.captions import clean_text
-from capjax.data.compositional import READERS, Item, read_items, read_picture
+from capjax.data.compositional import READERS, Item, Picture, read_items, read_picture
 from capjax.data.decode import ImageError
 from capjax.data.sources import Source, open_source
 from capjax.data.swaps import SPLITS, swap_items, swap_pairs
 from capjax.data.tokenizer import PAD_ID
+from capjax.decoding.generate import generate
 from capjax.decoding.inputs import read_ahead
 from capjax.decoding.loaded_model import LoadedModel
+from capjax.decoding.options import GREEDY
+from capjax.dims import Array
 from capjax.errors import UserError, did_you_mean
 from capjax.evaluation.compositional import measure_items, score_rows, score_without_image
 from capjax.evaluation.every_row import map_rows
 from capjax.evaluation.measured import Measured
+from capjax.evaluation.self_retrieval import among_candidates
 from capjax.mesh import MeshShape, make_mesh
 
 BUILT = {"emoji": swap_items, "emoji_pairs": swap_pairs}
@@ -105,6 +110,70 @@ def compose(
         ]
     measured = measure_items(name, items, scores)
     return measured._replace(skipped=_skipped(model, name), notes={name: {"alpha": alpha}})
+
+
+def judge_frames(
+    judge: LoadedModel, model: LoadedModel, items: Sequence[Item], *, batch_size: int = 32
+) -> Measured:
+    """ImageCoDe for a captioner: a judge looks for what was captioned among the images of its set.
+
+    Args:
+      judge: two towers, on this process's devices; it reads captions without a prompt.
+      items: of `read_imagecode`, in each of which one image is true. It is captioned once, however
+        many descriptions there are of it.
+
+    Returns what `among_candidates` does. Every process returns the same. Raises `UserError` for an
+    image that cannot be read, and for sets of different sizes.
+    """
+    mesh = model.mesh or make_mesh(MeshShape(), devices=jax.local_devices()[:1])
+    model = model if model.mesh else model.on_mesh(mesh)
+    targets: dict[Picture, tuple[Item, int]] = {}
+    for item in items:
+        target = item.truth.index((True,))
+        targets.setdefault(item.images[target], (item, target))
+    chosen = [item for item, _ in targets.values()]
+    sizes = {len(item.images) for item in chosen}
+    if len(sizes) > 1:
+        raise UserError(f"sets of {sorted(sizes)} images: expected as many in each")
+    target_G = np.array([target for _, target in targets.values()])
+    texts = _captions(model, chosen, list(enumerate(target_G.tolist())), mesh, batch_size)
+    with jax.set_mesh(judge.mesh) if judge.mesh else contextlib.nullcontext():  # not the model's
+        frames = [picture.parts[0] for item in chosen for picture in item.images]
+        frames_GJD = judge.embed_images(frames, batch_size).reshape(len(chosen), *sizes, -1)
+        caption_GD = judge.embed_texts(texts, batch_size)
+    return among_candidates(caption_GD, frames_GJD, target_G, [item.key for item in chosen])
+
+
+def _captions(
+    model: LoadedModel,
+    items: Sequence[Item],
+    places: Sequence[tuple[int, int]],
+    mesh: Mesh,
+    batch_size: int,
+) -> list[str]:
+    """Greedy ones, of the images at `places`: number of the item, number of its image."""
+
+    def run(rows: Mapping[str, Array]) -> Array:
+        made = generate(
+            model.model,
+            model.params,
+            rows["image"],
+            GREEDY,
+            index_B=rows["index"],
+            mask_B=rows["is_image"],
+        )
+        return made.tokens_BSL[:, 0]
+
+    texts = []
+    for start, pixels in _pixels(model, items, places, batch_size):
+        rows = {
+            "image": np.stack(pixels),
+            "index": start + np.arange(len(pixels), dtype=np.int32),
+            "is_image": np.ones(len(pixels), bool),
+        }
+        tokens_NL = map_rows(run, rows, mesh=mesh, batch_size=batch_size)
+        texts += [model.tokenizer.decode(tokens_L.tolist()) for tokens_L in tokens_NL]
+    return texts
 
 
 def _score_images(

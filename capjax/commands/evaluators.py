@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from capjax.commands.build import DataPlan, Plan, evaluation_batches
-from capjax.commands.compose import compose
+from capjax.commands.compose import compose, judge_frames
 from capjax.commands.judged import judge_captions
 from capjax.commands.measures import Measures, Probes
 from capjax.commands.represent import represent
@@ -111,6 +111,14 @@ class Evaluation:
         found = self._try(
             f"test_{name}", name, lambda: compose(model, name, items, batch_size=self.batch_size)
         )
+        judge = self.measures.judge
+        if name == "imagecode" and judge is not None and model.towers.generator is not None:
+            judged = self._try(
+                f"test_{name}",
+                "imagecode_r1",
+                lambda: judge_frames(judge, model, items, batch_size=self.batch_size),
+            )
+            found = join({"described": found, "captioned": judged})
         self._write(f"test_{name}", found, model.step)
         return found.metrics
 

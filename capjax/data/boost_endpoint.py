@@ -119,7 +119,7 @@ class Endpoint:
         request = urllib.request.Request(f"{self.url}/chat/completions", data)
         request.add_header("Content-Type", "application/json")
         if self._key:
-            request.add_unredirected_header("Authorization", f"Bearer {self._key}")
+            request.add_header("Authorization", f"Bearer {self._key}")
         deadline = time.monotonic() + self.timeout_s
         found = bytearray()
         with self._opener.open(request, timeout=self.timeout_s) as response:

@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from capjax.data.boost_answers import Answers
 from capjax.data.boost_example import FAILED, KINDS, BoostSettings, Make
-from capjax.data.prepare import Report
+from capjax.data.prepare import Report, reasons
 from capjax.data.prepare_output import MANIFEST
 from capjax.data.prepare_parts import atomic
 from capjax.data.records import (
@@ -103,7 +103,10 @@ def write_output(
     if not captions:
         for path in paths:
             path.unlink()
-        raise UserError(f"no caption was made of {source!r}: {dict(problems)}; see {output}")
+        raise UserError(
+            f"no caption was made of {source!r}: {reasons(problems)}; see {output / REJECTED}, and "
+            "try another model or prompt"
+        )
     shards = [_facts(path) for path in paths]
     return {
         "examples": {"in": len(source), "out": sum(shard["examples"] for shard in shards)},

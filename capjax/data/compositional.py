@@ -207,6 +207,34 @@ def read_nlvr2(path: str, images: str) -> list[Item]:
     ]
 
 
+def read_imagecode(path: str, images: str) -> list[Item]:
+    """ImageCoDe, `valid_data.json` and the like (Krojer et al. 2022, arXiv:2203.15867).
+
+    An item is a description and the ten images of its set, of which it is true of one. `images` has
+    a folder for each set, with `img0.jpg`, `img7.jpg` and so on; the file counts them in the order
+    of their numbers. The kind is "video", or "static" for the sets of Open Images. Raises
+    `UserError` where a folder holds no such images.
+    """
+    items = []
+    for row in _rows(path):
+        folder, descriptions = row["id"], {k: text for k, text in row.items() if k != "id"}
+        pictures = _numbered(posixpath.join(images, folder))
+        for target, text in descriptions.items():
+            truth = tuple((place == int(target),) for place in range(len(pictures)))
+            kind = "static" if "open-images" in folder else "video"
+            items.append(Item(f"{folder}/{target}", kind, pictures, (text.strip(),), truth))
+    return items
+
+
+def _numbered(folder: str) -> tuple[Picture, ...]:
+    """The images `img<number>.jpg` of a folder, by number."""
+    numbers = [path.stem.removeprefix("img") for path in Path(folder).glob("img*.jpg")]
+    if not numbers or not all(number.isdecimal() for number in numbers):
+        raise UserError(f"{folder}: expected images img0.jpg, img7.jpg, ...; found {numbers}")
+    paths = [posixpath.join(folder, f"img{number}.jpg") for number in sorted(numbers, key=int)]
+    return tuple(Picture((path,)) for path in paths)
+
+
 READERS: Mapping[str, Callable[[str, str], list[Item]]] = {
     "winoground": read_winoground,
     "vismin": read_vismin,
@@ -215,6 +243,7 @@ READERS: Mapping[str, Callable[[str, str], list[Item]]] = {
     "aro_attribution": read_aro,
     "aro_order": read_order,
     "nlvr2": read_nlvr2,
+    "imagecode": read_imagecode,
 }
 
 

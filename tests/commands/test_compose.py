@@ -11,7 +11,7 @@ from etils import epath
 from PIL import Image
 
 from capjax.commands.attention import map_words, write_attention
-from capjax.commands.compose import compose, open_test
+from capjax.commands.compose import compose, judge_frames, open_test
 from capjax.data.compositional import Item, Picture
 from capjax.data.images import ImagePreprocessing
 from capjax.data.sources import open_source
@@ -179,3 +179,25 @@ def test_attention_of_a_workdir(loaded, tmp_path):
     images = [source[2].image]
     want = map_words(loaded, ["c"], images, ["man 2"])["c"].weights
     assert np.abs(np.array(found[records[2]["key"]]["weights"]) - want).max() <= 1
+
+
+def test_what_was_captioned_is_found_among_its_set(loaded, tmp_path):
+    """Of a set with two descriptions of one image, that image is captioned once."""
+    names = [tmp_path / f"{number}.png" for number in range(6)]
+    for number, name in enumerate(names):
+        pixels = np.random.default_rng(number).integers(0, 256, (16, 16, 3), np.uint8)
+        Image.fromarray(pixels).save(name)
+    pictures = [Picture((str(name),)) for name in names]
+    sets = [(pictures[:3], 1), (pictures[3:], 2), (pictures[:3], 1)]
+    items = [
+        Item(f"{n}", "", tuple(of), ("a cat",), tuple((i == at,) for i in range(3)))
+        for n, (of, at) in enumerate(sets)
+    ]
+    found = judge_frames(loaded, loaded, items)
+    captions = loaded.caption([names[1], names[5]])
+    similarity = loaded.embed_texts(captions) @ loaded.embed_images(names).T
+    hits = [similarity[0, :3].argmax() == 1, similarity[1, 3:].argmax() == 2]
+    assert found.items["imagecode_r1"].tolist() == hits and found.keys == ("0", "1")
+    with pytest.raises(UserError, match=r"sets of \[2, 3\] images"):
+        short = items[1]._replace(images=items[1].images[1:], truth=items[1].truth[1:])
+        judge_frames(loaded, loaded, [items[0], short])

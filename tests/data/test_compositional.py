@@ -193,3 +193,27 @@ def test_refusals(tmp_path, images):
         read_picture(Picture((f"{images}/missing.png",)))
     with pytest.raises(ImageError, match="lies outside"):
         read_picture(Picture((f"{images}/red.png",), box=(9, 9, 12, 12)))
+
+
+def test_imagecode(tmp_path):
+    """Frames are counted by their numbers, 7 before 10, and named by these."""
+    for folder in ("MSR-VTT-video7-shot1_0", "open-images-1_a"):
+        (tmp_path / folder).mkdir()
+        for number in (0, 7, 10):
+            (tmp_path / folder / f"img{number}.jpg").write_bytes(png(BLUE if number == 7 else RED))
+    rows = {
+        "MSR-VTT-video7-shot1_0": {"1": "no other is blue ", "2": "red, at the end"},
+        "open-images-1_a": {"0": "red"},
+    }
+    path = write(tmp_path / "valid_data.json", rows)
+    first, second, third = read_items("imagecode", path, str(tmp_path))
+    assert (first.key, first.kind) == ("MSR-VTT-video7-shot1_0/1", "video")
+    assert first.captions == ("no other is blue",)
+    assert first.truth == ((False,), (True,), (False,)) and second.truth[2] == (True,)
+    assert [color_of(picture) for picture in first.images] == [RED, BLUE, RED]
+    assert third.kind == "static" and third.truth[0] == (True,)
+    with pytest.raises(UserError, match=r"MSR-VTT-video7-shot1_0: expected images img0\.jpg"):
+        read_items("imagecode", path, str(tmp_path / "elsewhere"))
+    unlabelled = write(tmp_path / "test_data_unlabeled.json", {"open-images-1_a": ["red"]})
+    with pytest.raises(UserError, match="not in the layout of imagecode"):
+        read_items("imagecode", unlabelled, str(tmp_path))
