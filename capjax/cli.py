@@ -88,6 +88,7 @@ COMMANDS = {
             "capjax data stats prepared emoji:val --output=stats.html",
             "capjax data inspect emoji:val --output=page.html",
             "capjax data tokenizer emoji:train --vocab_size=1000 --output=emoji.model",
+            "capjax data bags --checkpoint=runs/siglip --input=emoji:train --output=bags",
             "capjax data boost --input=prepared --output=boosted --model=mistral "
             "--endpoint=http://localhost:8080/v1",
         ),

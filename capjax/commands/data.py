@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from capjax.commands import data_boost, data_flags, data_prepare, data_stats
+from capjax.commands import data_bags, data_boost, data_flags, data_prepare, data_stats
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -11,6 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
     data_prepare.add_command(commands)
     data_stats.add_command(commands)
+    data_bags.add_command(commands)
     data_boost.add_command(commands)
     inspect = commands.add_parser(
         "inspect",
@@ -64,6 +65,9 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.data_command == "stats":
         data_stats.run(args)
+        return
+    if args.data_command == "bags":
+        data_bags.run(args)
         return
     if args.data_command == "boost":
         data_boost.run(args)

@@ -9,12 +9,14 @@ Letters: N images, D width, K neighbours of an image, R images of a block.
 """
 
 import json
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
+from capjax.data.stream import example_index
 from capjax.errors import UserError
 
 DUPLICATE = 0.98  # a cosine above which two images are too much alike to tell apart
@@ -89,6 +91,33 @@ def build_bags_of_sizes(
         size: _bags(images, near, size, min_similarity) if size in possible else []
         for size in sizes
     }
+
+
+def random_bags(
+    count: int, size: int, *, seed: int, same_N: Sequence[str] | None = None
+) -> list[list[int]]:
+    """Disjoint bags of `size` of `count` rows by chance, for comparison with bags of like ones.
+
+    Rows of equal entries in `same_N` do not share a bag. Less than a bag is left over, or rows
+    which are all the same. Raises `UserError` for a size below 2.
+    """
+    if size < 2:
+        raise UserError(f"size={size}: a bag takes at least 2 images")
+    same = range(count) if same_N is None else same_N
+    waiting = deque(example_index(seed, position, count) for position in range(count))
+    bags = []
+    while True:
+        bag, passed = {}, []
+        while waiting and len(bag) < size:
+            row = waiting.popleft()
+            if same[row] in bag:
+                passed.append(row)
+            else:
+                bag[same[row]] = row
+        if len(bag) < size:
+            return bags
+        bags.append(list(bag.values()))
+        waiting.extendleft(reversed(passed))
 
 
 def _bags(images: _Images, near: _Neighbours, size: int, least: float) -> list[list[int]]:

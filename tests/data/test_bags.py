@@ -12,6 +12,7 @@ from capjax.data.bags import (
     DUPLICATE,
     build_bags,
     build_bags_of_sizes,
+    random_bags,
     read_bags,
     write_bags,
 )
@@ -126,6 +127,29 @@ def test_bags_are_tighter_than_chance():
     means = [(unit[bag] @ unit[bag].T).mean() for bag in build_bags(points, 4)]
     assert np.mean(means[:10]) > np.mean(means[-10:]) > 0.25  # 0.25: the row itself
     assert np.mean(means) > 0.5
+
+
+@given(
+    seed=st.integers(0, 2**40),
+    count=st.integers(0, 40),
+    size=st.integers(2, 6),
+    names=st.integers(1, 50),
+)
+def test_random_bags(seed, count, size, names):
+    same = [f"n{row % names}" for row in range(count)]
+    found = random_bags(count, size, seed=seed, same_N=same)
+    rows = [row for bag in found for row in bag]
+    assert len(set(rows)) == len(rows)
+    assert all(len({same[row] for row in bag}) == size for bag in found)
+    left = {same[row] for row in range(count) if row not in rows}
+    assert len(left) < size
+    assert len(random_bags(count, size, seed=seed)) == count // size
+
+
+def test_random_bags_differ_by_seed():
+    assert len({str(random_bags(30, 3, seed=seed)) for seed in range(10)}) == 10
+    with pytest.raises(UserError, match="size=1"):
+        random_bags(30, 1, seed=0)
 
 
 def test_files_in_the_form_of_truematch(tmp_path):
