@@ -102,7 +102,7 @@ def boosted(
         if len(texts) > 1:
             listed = {"captions": "\n".join(f"- {text}" for text in texts)}
             body = settings.body(settings.blend_prompt, listed, number)
-            blend = _made("blend", language, body, answer, texts)
+            blend = _made("blend", language, body, answer, texts, " ".join(texts))
         yield blend
         if dense is None or blend.caption is None:
             continue
@@ -131,7 +131,7 @@ def _made(
     body: Mapping[str, Any],
     answer: Answer,
     given: Sequence[str],
-    anchor: str = "",
+    anchor: str,
 ) -> Made:
     try:
         reply = answer(body)

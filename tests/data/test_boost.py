@@ -177,6 +177,7 @@ def test_too_many_failures_stop_it_and_the_next_run_goes_on(source, server, tmp_
         ("", "empty"),
         ("I'm sorry, I can't help with that.", "refused"),
         ("wave " * 60, "too long"),
+        ("A man.", "human text lost"),
         ("Un homme en combinaison noire surfe sur une grande vague.", "other words"),
     ],
 )
@@ -193,13 +194,18 @@ def test_answers_that_are_no_captions_are_counted_and_not_used(
     }  # fmt: skip
 
 
-def test_a_holistic_caption_must_not_lose_the_human_one():
+@pytest.mark.parametrize(
+    ("caption", "problem"),
+    [
+        ("A man rides a wave under blue skies", ""),
+        ("Under a sky of blue a man is riding waves near distant houses", ""),
+        ("Distant hills and houses", "human text lost"),
+    ],
+)
+def test_a_holistic_caption_must_not_lose_the_human_one(caption, problem):
     given = ["A man rides a wave", "Blue skies, distant hills, bright sunshine and houses"]
-    assert problem_of("Distant hills and houses", "stop", given) == ""
-    found = problem_of("Distant hills and houses", "stop", given, anchor=given[0])
-    assert found == "without the human caption"
-    assert problem_of("A man rides a wave under blue skies", "stop", given, given[0]) == ""
-    assert problem_of("A man rides a wave under", "length", given) == "cut off"
+    assert problem_of(caption, "stop", given, given[0]) == problem
+    assert problem_of(caption, "length", given, given[0]) == "cut off"
 
 
 def test_variants_are_asked_for_with_seeds_of_their_own(source, server, tmp_path):
