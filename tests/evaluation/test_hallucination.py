@@ -141,3 +141,15 @@ def test_the_embedded_corpus():
     found = measure_hallucination([caption], [[reference]], lexicon, keys="1").metrics
     assert found["tone_precision"] == found["gender_recall"] == 0
     assert found["word_precision"] == found["word_recall"] == 1
+
+
+def test_a_vague_caption_of_the_embedded_corpus_is_not_wrong():
+    """By hand: of two tones one is said, of two genders none, of one manner all, and one is false."""
+    captions = ["person with veil: dark skin tone", "pilot: light skin tone, facing right"]
+    references = [["woman with veil: dark skin tone"], ["man pilot: medium skin tone"]]
+    found = measure_hallucination(captions, references, read_lexicon(EMOJI), keys="12")
+    expected = {"tone_recall": 1 / 2, "tone_precision": 1 / 2, "gender_recall": 0}
+    expected |= {"manner_recall": 1, "manner_precision": 1 / 2}
+    expected |= {"mention_recall": 2 / 5, "mention_precision": 2 / 4, "chair_s": 1 / 2}
+    assert found.metrics == pytest.approx(expected | {"chair_i": 2 / 4})
+    assert found.skipped == {"gender_precision": "no caption mentions anything of the lexicon"}
