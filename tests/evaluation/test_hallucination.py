@@ -144,7 +144,7 @@ def test_the_embedded_corpus():
 
 
 def test_a_vague_caption_of_the_embedded_corpus_is_not_wrong():
-    """By hand: of two tones one is said, of two genders none, of one manner all, and one is false."""
+    """By hand: of two tones one is said, of two genders none; of two manners said one is there."""
     captions = ["person with veil: dark skin tone", "pilot: light skin tone, facing right"]
     references = [["woman with veil: dark skin tone"], ["man pilot: medium skin tone"]]
     found = measure_hallucination(captions, references, read_lexicon(EMOJI), keys="12")
