@@ -35,6 +35,16 @@ COMMANDS = {
             "capjax train --config=emoji_quickstart --workdir=runs/wide --config.model.width=256",
         ),
     ),
+    "reinforce": Command(
+        "Let a captioner learn from rewards of its own captions; the same command resumes it.",
+        True,
+        (
+            "capjax reinforce --config=emoji_reinforce --checkpoint=runs/vague "
+            "--towers=runs/siglip --workdir=runs/reinforced",
+            "capjax reinforce --config=emoji_reinforce:cider --checkpoint=runs/vague "
+            "--workdir=runs/cider --config.policy.algorithm=scst",
+        ),
+    ),
     "caption": Command(
         "Write captions for a folder of images, or for a whole corpus.",
         True,

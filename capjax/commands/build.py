@@ -49,6 +49,23 @@ class DataPlan(NamedTuple):
     reading: Reading
 
 
+class Stage(NamedTuple):
+    """What a stage does in its own way.
+
+    batches: (plan, first example, what is told of bad records) -> what `place` takes.
+    place: puts a batch on the devices.
+    compile: () -> the step, (state, placed batch) -> (state, metrics), compiled.
+    writers: what gets the metrics beside their files, in every process.
+    close: called when the run ends, in whatever way.
+    """
+
+    batches: Callable[..., Iterator[Any]]
+    place: Callable[[Any], Any]
+    compile: Callable[[], Callable]
+    writers: tuple[Any, ...] = ()
+    close: Callable[[], None] = lambda: None
+
+
 class Plan(NamedTuple):
     """All that a training run needs besides its workdir."""
 
@@ -69,6 +86,7 @@ class Plan(NamedTuple):
     abstract_inputs: Callable[[], tuple]  # what `train_step` takes, as types on the mesh
     train_step: Callable
     lora: LoRA = LoRA()  # how parameters are merged before they are used
+    stage: "Stage | None" = None  # None: the supervised one
 
 
 def build_run(config: ConfigDict, workdir: str) -> Plan:

@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
 
     topology = parse_topology(args.topology)
     config = settings.load_config(args.config, args.overrides)
+    settings.check_supervised(config, args.config)
     output = Path(args.output).expanduser() if args.output else None
     if output is not None and (output.is_dir() or not output.parent.is_dir()):
         raise UserError(f"--output={output}: expected a file in an existing directory")

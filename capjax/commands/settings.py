@@ -29,7 +29,11 @@ EXPECTED = {
     str: "text",
     tuple: "a list (such as 1,2 or a,b)",
 }
-OPEN_SECTIONS = ("evaluate.splits", "data.mixture")  # of text, by names that are the user's
+OPEN_SECTIONS = (
+    "evaluate.splits",
+    "data.mixture",
+    "rewards.functions",
+)  # of text, by names that are the user's
 # By names that are the user's too, but with the fields of the section that it is in.
 OPEN_SUBSECTION = "captions.datasets"
 _Value = typing.Any  # whatever a config field holds
@@ -64,6 +68,15 @@ def load_config(arg: str, overrides: list[str] | tuple[str, ...] = ()) -> Config
     for override in overrides:
         _override(config, override.removeprefix("--config."))
     return config
+
+
+def check_supervised(config: ConfigDict, arg: str) -> None:
+    """Raises `UserError` for the config of another stage, which `arg` named."""
+    if "policy" in config:
+        raise UserError(
+            f"--config={arg} is one of reinforcement, whose model is that of a checkpoint: "
+            "`capjax reinforce` runs it"
+        )
 
 
 def shipped_configs() -> dict[str, Path]:

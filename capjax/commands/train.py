@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> None:
     from capjax.commands import runtime, settings
 
     config = settings.load_config(args.config, args.overrides)
+    settings.check_supervised(config, args.config)
     with runtime.rarer_collections():
         runtime.start(args)
 
@@ -98,6 +99,8 @@ def train_run(plan, workdir) -> None:
             progress.say(f"changed since this run began: {change}")
         if jax.process_index() == 0:
             write_atomic(root / "tokenizer.model", plan.tokenizer.model_bytes)
+        if plan.stage is not None:
+            stack.callback(plan.stage.close)
         train_step = compiled_ahead(plan, root, stack)
         checkpointer = stack.enter_context(
             Checkpointer(
@@ -118,7 +121,8 @@ def train_run(plan, workdir) -> None:
                 progress.say(f"changed since this run began: {other}")
         start = start_step * config.batch_size
         bad = BadRecords(root, start, config.data.bad_budget)
-        batches = build.training_batches(plan, start, bad.add)
+        open_batches = plan.stage.batches if plan.stage else build.training_batches
+        batches = open_batches(plan, start, bad.add)
         if hasattr(batches, "close"):
             stack.callback(batches.close)
         writers = make_writers(
@@ -139,7 +143,7 @@ def train_run(plan, workdir) -> None:
             state,
             train_step=train_step,
             batches=batches,
-            place=functools.partial(place_batch, plan.mesh),
+            place=plan.stage.place if plan.stage else functools.partial(place_batch, plan.mesh),
             total_steps=plan.total_steps,
             batch_size=config.batch_size,
             start_step=start_step,
@@ -147,11 +151,11 @@ def train_run(plan, workdir) -> None:
             save=save,
             save_every_steps=config.checkpoint.every_steps,
             wait_for_saves=checkpointer.wait,
-            writers=writers,
+            writers=[*writers, *(plan.stage.writers if plan.stage else ())],
             log_every_steps=config.log_every_steps,
             progress=progress,
             tracer=Tracer(root / "profile", **config.profile),
-            flops_per_image=plan.towers.flops_per_example(),
+            flops_per_image=0.0 if plan.stage else plan.towers.flops_per_example(),
             host_metrics=lambda step: bad.metrics(step * config.batch_size),
         )
         bad_counts = bad.count(plan.total_steps * config.batch_size)
@@ -176,6 +180,9 @@ def compiled_ahead(plan, root, stack):
 
     def compiled():
         with jax.set_mesh(plan.mesh):  # a thread has a mesh of its own
+            if plan.stage is not None:
+                with runtime.rarer_collections():
+                    return plan.stage.compile()
             with runtime.rarer_collections():
                 lowered = plan.train_step.lower(*plan.abstract_inputs())
             return lowered.compile()

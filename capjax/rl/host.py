@@ -7,7 +7,8 @@ They lie in the state, so a resumed run learns from the very captions that the r
 Letters beyond `capjax.dims`: J captions of an image, b the rows of this process.
 """
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -29,33 +30,34 @@ class Drawn(NamedTuple):
     batch: Batch
 
 
-def with_next(batches: Iterator[Rows]) -> Iterator[tuple[Rows, Rows]]:
+def with_next(batches: Generator[Rows]) -> Generator[tuple[Rows, Rows]]:
     """Each batch with the one after it."""
-    current = next(batches)
-    for following in batches:
-        yield current, following
-        current = following
+    with contextlib.closing(batches):
+        current = next(batches)
+        for following in batches:
+            yield current, following
+            current = following
+
+
+class Programs(NamedTuple):
+    """The compiled parts of `capjax.rl.step.Step`, and what they take that does not train."""
+
+    sampled: Callable
+    learned: Callable
+    frozen: Any
 
 
 class HostStep:
     """`step(state, pair)` -> (state, metrics), for the loop; `place` makes its pairs.
 
     Args:
-      sampled, learned: compiled, of `capjax.rl.step.Step`.
       score: called in a thread of its own, for one batch at a time.
       place_rows: puts this process's rows onto the devices as rows of the global batch.
     """
 
-    def __init__(
-        self,
-        sampled: Callable,
-        learned: Callable,
-        frozen: Any,
-        score: Score,
-        place_rows: Callable[[Rows], Batch],
-    ) -> None:
-        self._sampled, self._learned, self._frozen = sampled, learned, frozen
+    def __init__(self, score: Score, place_rows: Callable[[Rows], Batch]) -> None:
         self._score, self._place_rows = score, place_rows
+        self.programs: Programs | None = None  # set before the first call
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="rewards")
         self._scores: Future[Rows] | None = None
         self._next: Drawn | None = None
@@ -73,16 +75,18 @@ class HostStep:
         self, state: ReinforceState, pair: tuple[Drawn, Drawn]
     ) -> tuple[ReinforceState, Metrics]:
         """Samples for the second batch, then updates on the first."""
+        assert self.programs is not None
+        sampled, learned, frozen = self.programs
         current, following = pair
         policy, captions = state._replace(ahead=None), state.ahead
         if captions is None or (self._scores is None and not int(jax.device_get(state.step))):
-            captions = self._sampled(policy, current.batch)  # the first of the run
+            captions = sampled(policy, current.batch)  # the first of the run
         if self._scores is None:
             self._scores = self._pool.submit(self._scored, current.rows, captions.tokens_BKL)
-        ahead = self._sampled(policy, following.batch)
+        ahead = sampled(policy, following.batch)
         given = self._place_rows(self._scores.result())
         self._scores = self._pool.submit(self._scored, following.rows, ahead.tokens_BKL)
-        after, metrics = self._learned(policy, self._frozen, current.batch, captions, given)
+        after, metrics = learned(policy, frozen, current.batch, captions, given)
         return after._replace(ahead=ahead), metrics
 
     def _scored(self, rows: Rows, tokens_BJL: Array) -> Rows:

@@ -28,6 +28,7 @@ from capjax.objectives.policy_gradient import (
     next_kl_weight,
 )
 from capjax.rewards.normalize import normalize
+from capjax.rewards.text_shape import repetition_penalty
 from capjax.rl.rollout import Rollout, sample, token_logprobs
 from capjax.rl.state import Learner, ReinforceState
 from capjax.rl.update import experience, policy_loss
@@ -137,7 +138,8 @@ def make_step(
       reward: the weighted sum of the rewards as they are, divergence not taken off; reward_NAME.
       reward_std: over an image's captions.
       advantage_scale: the root mean square of the advantages.
-      caption_tokens; unfinished: the share that did not end within the length.
+      caption_tokens; repetition: the share of repeated pairs of tokens; unfinished: the share of
+        captions that did not end within the length.
       kl_weight, rate_scale: where they may change.
 
     Raises `UserError` where policy and sampling do not go together.
@@ -261,6 +263,7 @@ def _reward_metrics(
         "reward": _mean(reward_BK, valid_BK),
         "reward_std": _mean(jnp.std(reward_BK, 1), valid_BK[:, 0]),
         "advantage_scale": jnp.sqrt(_mean(jnp.square(advantage_BK), valid_BK)),
+        "repetition": -_mean(repetition_penalty(tokens_BKL), valid_BK),
         "caption_tokens": _mean(count_BK.astype(jnp.float32), valid_BK),
         "unfinished": _mean(is_cut_BK.astype(jnp.float32), valid_BK),
     }

@@ -43,11 +43,9 @@ def as_texts(
     What is too long is cut, and ends at the last position; a caption that was cut off while it was
     sampled ends behind its last token.
     """
-    B, J, _ = tokens_BJL.shape
     is_word_BJL = tokens_BJL > EOS_ID
-    front_BJP = jnp.zeros_like(tokens_BJL, shape=(B, J, len(prompt))) + jnp.array(
-        prompt, tokens_BJL.dtype
-    )
+    ids_P = jnp.array(prompt, tokens_BJL.dtype)
+    front_BJP = jnp.zeros_like(tokens_BJL[:, :, :1]) + ids_P[None, None]
     words_BJT = jnp.concatenate([front_BJP, jnp.where(is_word_BJL, tokens_BJL, PAD_ID)], 2)
     words_BJT = jnp.pad(words_BJT, ((0, 0), (0, 0), (0, length)))[:, :, :length]
     count_BJ1 = jnp.sum(is_word_BJL, 2, keepdims=True) + len(prompt)

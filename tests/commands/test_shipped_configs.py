@@ -23,6 +23,7 @@ CONFIGS = [
     "emoji_guided",
     "emoji_vague",
     *(f"emoji_objectives:{objective}" for objective in OBJECTIVES),
+    *(f"emoji_reinforce:{rewards}" for rewards in ("self_retrieval", "cider", "both")),
     *PAPER,
 ]
 

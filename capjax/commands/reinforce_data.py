@@ -1,0 +1,227 @@
+"""What rewards need from the host: arrays by image, texts, and the host's own rewards."""
+
+import runpy
+from collections.abc import Callable, Generator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from capjax.data.batches import Batches
+from capjax.data.captions import CaptionChoice, clean_text, reference_texts
+from capjax.data.curriculum import source_keys
+from capjax.data.records import CorruptRecord
+from capjax.data.sources import Source
+from capjax.data.tokenizer import EOS_ID, PAD_ID, Tokenizer
+from capjax.decoding.loaded_model import LoadedModel
+from capjax.errors import UserError
+from capjax.evaluation.features import frozen_features
+from capjax.rewards.consensus_reward import ConsensusReward
+from capjax.rl.reward_terms import (
+    HOST,
+    TOWER_IMAGE,
+    TOWER_NEGATIVES,
+    TOWER_REFERENCES,
+    TOWER_TOKENS,
+    Rewards,
+)
+
+Rows = dict[str, np.ndarray]
+MAX_REFERENCES = 5
+
+
+def references_of(source: Source, choice: CaptionChoice) -> list[list[str]]:
+    """The reference captions of every example; none where it cannot be read."""
+
+    def texts(index: int) -> list[str]:
+        try:
+            return reference_texts(source[index], choice)
+        except CorruptRecord:
+            return []
+
+    return [texts(index) for index in range(len(source))]
+
+
+class ImageArrays:
+    """The arrays of a batch that depend on its images alone, from their indices.
+
+    The towers embed every image of the source once, as it is (not augmented); what they made is
+    kept in `directory`. Raises `UserError` as `frozen_features`.
+    """
+
+    def __init__(
+        self,
+        rewards: Rewards,
+        towers: LoadedModel | None,
+        opened: tuple[str, Source],
+        references: Callable[[], list[list[str]]],
+        *,
+        directory: epath.Path,
+        batch_size: int,
+        prompt: str,
+    ) -> None:
+        self._image_ND = self._nearest_NM = self._reference_NRT = None
+        if towers is None:
+            return
+        self._image_ND = _embedded(towers, opened, directory, batch_size)
+        count = rewards.self_retrieval.num_negatives if "self_retrieval" in rewards.used else 0
+        if count:
+            self._nearest_NM = _nearest(self._image_ND, count)
+        if "ref_clip_score" in rewards.used:
+            texts = [captions[:MAX_REFERENCES] for captions in references()]
+            self._reference_NRT = np.stack(
+                [tower_texts(towers, captions, prompt, MAX_REFERENCES) for captions in texts]
+            )
+
+    def __call__(self, rows: Rows) -> Rows:
+        """`rows` with the arrays of their `index`."""
+        index = rows["index"]
+        if self._image_ND is not None:
+            rows = rows | {TOWER_IMAGE: self._image_ND[index]}
+        if self._image_ND is not None and self._nearest_NM is not None:
+            rows = rows | {TOWER_NEGATIVES: self._image_ND[self._nearest_NM[index]]}
+        if self._reference_NRT is not None:
+            rows = rows | {TOWER_REFERENCES: self._reference_NRT[index]}
+        return rows
+
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], type]]:
+        """Shape of a row and type of each array."""
+        one = self({"index": np.zeros(1, np.int32)})
+        return {name: (x.shape[1:], x.dtype.type) for name, x in one.items() if name != "index"}
+
+
+def _embedded(
+    towers: LoadedModel, opened: tuple[str, Source], directory: epath.Path, batch_size: int
+) -> np.ndarray:
+    """float32 [N, D], by the index of the example; zeros for an image that cannot be read."""
+    assert towers.mesh is not None
+    found = frozen_features(
+        towers.towers,
+        towers.params,
+        opened,
+        towers.preprocessing,
+        mesh=towers.mesh,
+        kind="embedding",
+        batch_size=batch_size,
+        directory=directory,
+    )
+    if not found.unreadable:
+        return found.values
+    row_of = {key: row for row, key in enumerate(source_keys(opened[1]))}
+    if len(row_of) < len(opened[1]):
+        raise UserError(
+            f"{opened[0]}: {found.unreadable} images cannot be read, and keys occur twice, so that "
+            "which they are is not known; mend the source"
+        )
+    image_ND = np.zeros((len(opened[1]), found.values.shape[1]), np.float32)
+    image_ND[[row_of[key] for key in found.keys]] = found.values
+    return image_ND
+
+
+def _nearest(image_ND: np.ndarray, count: int, block: int = 1024) -> np.ndarray:
+    """int32 [N, count]: the rows with the largest cosines, themselves left out."""
+    if count >= len(image_ND):
+        raise UserError(
+            f"rewards.self_retrieval.num_negatives={count} of {len(image_ND)} images: expected less"
+        )
+    parts = []
+    for start in range(0, len(image_ND), block):
+        cosine = image_ND[start : start + block] @ image_ND.T
+        rows = np.arange(len(cosine))
+        cosine[rows, start + rows] = -np.inf
+        parts.append(np.argpartition(-cosine, count - 1, axis=1)[:, :count].astype(np.int32))
+    return np.concatenate(parts)
+
+
+def tower_texts(towers: LoadedModel, texts: list[str], prompt: str, rows: int = 0) -> np.ndarray:
+    """int32 [texts, T] as the towers read them, or [rows, T] with rows of PAD behind them."""
+    lower = bool(towers.config.get("captions", {}).get("lower", False))
+    length = towers.embedder.config.text_length
+    cleaned = [clean_text(prompt + text, lower) for text in texts]
+    made = np.full((max(rows, len(texts)), length), PAD_ID, np.int32)
+    if cleaned:
+        made[: len(cleaned)] = towers.tokenizer.encode_batch(cleaned, length)
+    return made
+
+
+def load_function(name: str, file: str) -> Callable:
+    """`reward` of a Python file. Raises `UserError` where there is none."""
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise UserError(f"rewards.functions.{name}.file={file}: there is no such file")
+    try:
+        found = runpy.run_path(str(path)).get("reward")
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"rewards.functions.{name}.file={file} raised {what}") from error
+    if not callable(found):
+        raise UserError(
+            f"rewards.functions.{name}.file={file} defines no function "
+            "reward(images, captions, references)"
+        )
+    return found
+
+
+class HostScores:
+    """What the host makes of sampled captions: its own rewards, and texts for other tokenizers.
+
+    Args:
+      functions: name -> `reward(images, captions, references)`: uint8 [b, H, W, 3] as the captioner
+        sees them, lists of the captions of each, lists of the references of each -> [b, J].
+      towers: those that read texts, not ids; None: no reward does.
+    """
+
+    def __init__(
+        self,
+        rewards: Rewards,
+        tokenizer: Tokenizer,
+        references: list[list[str]],
+        functions: Mapping[str, Callable],
+        towers: LoadedModel | None,
+        prompt: str,
+    ) -> None:
+        self._tokenizer, self._references = tokenizer, references
+        self._functions, self._towers, self._prompt = functions, towers, prompt
+        self._consensus = None
+        if "cider_d" in rewards.on_host:
+            known = [captions for captions in references if captions]
+            if not known:
+                raise UserError("rewards.cider_d: no example of data.source has a caption")
+            self._consensus = ConsensusReward.train(known)
+
+    def __call__(self, rows: Rows, tokens_bJL: np.ndarray) -> Rows:
+        """The arrays that are `given` to the update, by name."""
+        texts = [[self._tokenizer.decode(ids) for ids in image] for image in tokens_bJL]
+        known = [
+            self._references[index] if is_used else []
+            for index, is_used in zip(rows["index"], rows["mask"], strict=True)
+        ]
+        given: Rows = {}
+        if self._consensus is not None:
+            is_ended_bJ = (tokens_bJL == EOS_ID).any(2)
+            given[f"{HOST}cider_d"] = self._consensus(texts, known, is_ended_bJ)
+        for name, function in self._functions.items():
+            given[HOST + name] = _checked(name, function(rows["image"], texts, known), tokens_bJL)
+        if self._towers is not None:
+            given[TOWER_TOKENS] = np.stack(
+                [tower_texts(self._towers, captions, self._prompt) for captions in texts]
+            )
+        return given
+
+
+def _checked(name: str, found: Any, tokens_bJL: np.ndarray) -> np.ndarray:
+    value = np.asarray(found, np.float32)
+    if value.shape != tokens_bJL.shape[:2] or not np.isfinite(value).all():
+        raise UserError(
+            f"rewards.functions.{name} gave {value.shape}, expected finite numbers of shape "
+            f"{tokens_bJL.shape[:2]}: one for each caption of each image"
+        )
+    return value
+
+
+def with_arrays(batches: Batches, arrays: ImageArrays) -> Generator[Rows]:
+    """Each batch with what depends on its images; closes the batches when it is closed."""
+    with batches:
+        for rows in batches:
+            yield arrays(rows)

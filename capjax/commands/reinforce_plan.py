@@ -1,0 +1,301 @@
+"""From the parts of a reinforcement run to its compiled step, its batches, and the plan of all."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from capjax.checkpoint import check_disk_space
+from capjax.commands import build
+from capjax.commands.build import Plan, Stage
+from capjax.commands.program import build_optimizer
+from capjax.commands.reinforce_alarms import AlarmWriter, lowering
+from capjax.commands.reinforce_data import (
+    HostScores,
+    ImageArrays,
+    load_function,
+    references_of,
+    with_arrays,
+)
+from capjax.commands.reinforce_parts import Parts, open_parts
+from capjax.commands.settings import from_dataclass_kwargs
+from capjax.data.augmentation import Augment
+from capjax.data.pipeline import train_batches
+from capjax.mesh import BATCH, place_batch, place_tree, reshard
+from capjax.models.towers import Towers
+from capjax.objectives.captioning_objective import CaptioningObjective
+from capjax.objectives.combined import Objectives
+from capjax.rl.host import HostStep, Programs, with_next
+from capjax.rl.reward_terms import HOST, TOWER_TOKENS, build_rewards
+from capjax.rl.rollout import Rollout
+from capjax.rl.state import reinforce_state
+from capjax.rl.step import Step, make_step
+from capjax.training.optimizer import OptimizerConfig, make_optimizer
+from capjax.training.state import init_state
+
+
+def build_reinforcement(config: ConfigDict, workdir: str) -> Plan:
+    """Builds and checks all that the config says, before any compile and without writing a byte.
+
+    Raises `UserError`.
+    """
+    parts = open_parts(config)
+    root = epath.Path(workdir).expanduser()
+    config = parts.config
+    augment = from_dataclass_kwargs(Augment, config.augment, "augment")
+    towers = Towers(captioner=parts.model)
+    optimizer, total_steps = _durations(parts)
+    tx, step = _build_step(parts, optimizer, total_steps)
+    score = _host_scores(parts)
+    with jax.set_mesh(parts.mesh):
+        start, abstract_state = _state(parts, towers, tx, optimizer, score is not None)
+    check_disk_space(root / "checkpoints", abstract_state, config.checkpoint.keep)
+    program = _Program(parts, step, abstract_state, augment, score, root)
+    return Plan(
+        config=config,
+        mesh=parts.mesh,
+        data=parts.data,
+        augment=augment,
+        source=parts.source,
+        splits=parts.splits,
+        measures=parts.measures,
+        tokenizer=parts.base.tokenizer,
+        warm_start=build.build_warm_start(config),
+        objectives=Objectives(CaptioningObjective(**config.objective.captioning)),
+        towers=towers,
+        total_steps=total_steps,
+        init_state=start,
+        abstract_state=abstract_state,
+        abstract_inputs=lambda: (abstract_state, ()),
+        train_step=step.whole,
+        stage=program.stage(),
+    )
+
+
+def _durations(parts: Parts) -> tuple[OptimizerConfig, int]:
+    """The optimizer's settings, whose schedule counts updates, and the steps in all."""
+    config = parts.config
+    if parts.order is not None and all(
+        config[f"total_{unit}"] is None for unit in ("steps", "examples", "epochs")
+    ):
+        config = ConfigDict(config.to_dict())
+        config.total_steps = parts.order.num_batches()  # all epochs of the curriculum
+    optimizer, total_steps = build_optimizer(config, len(parts.source))
+    updates = parts.sampling.num_updates
+    optimizer = dataclasses.replace(
+        optimizer,
+        warmup_steps=optimizer.warmup_steps * updates,
+        cooldown_steps=optimizer.cooldown_steps * updates,
+    )
+    return optimizer, total_steps
+
+
+def _build_step(parts: Parts, optimizer: OptimizerConfig, total_steps: int) -> tuple[Any, Step]:
+    tx, learning_rate = make_optimizer(
+        optimizer, total_steps * parts.sampling.num_updates, parts.model.unpadded_params()
+    )
+    step = make_step(
+        parts.model,
+        parts.policy,
+        parts.sampling,
+        build_rewards(parts.rewards, parts.embedders()),
+        tx,
+        learning_rate=learning_rate,
+        accumulation_steps=parts.config.accumulation_steps,
+        freeze=optimizer.freeze,
+        ema_decay=optimizer.ema_decay,
+        may_lower_rate=parts.alarms.action == "lower_rate",
+    )
+    return tx, step
+
+
+def _host_scores(parts: Parts) -> HostScores | None:
+    """What the host does for rewards; None where it does nothing."""
+    reads_text = parts.reward_towers is not None and not parts.reads_tokens
+    if not parts.rewards.on_host and not reads_text:
+        return None
+    functions = {
+        name: load_function(name, term.file)
+        for name, term in parts.rewards.functions.items()
+        if name in parts.rewards.used
+    }
+    return HostScores(
+        parts.rewards,
+        parts.base.tokenizer,
+        references_of(parts.source, parts.data.captions),
+        functions,
+        parts.reward_towers if reads_text else None,
+        parts.config.rewards.prompt,
+    )
+
+
+def _state(
+    parts: Parts, towers: Towers, tx: Any, optimizer: OptimizerConfig, is_ahead: bool
+) -> tuple[Callable, Any]:
+    """(what makes the first state, its types). Call within the mesh."""
+    shape = _captions_shape(parts)
+
+    def start():
+        state = init_state(towers.init, tx, parts.config.seed, ema=optimizer.ema_decay > 0)
+        ahead = None
+        if is_ahead:
+            spec = P(BATCH, None, None)
+            ahead = Rollout(
+                reshard(jnp.zeros(shape, jnp.int32), spec),
+                reshard(jnp.zeros(shape, jnp.float32), spec),
+            )
+        return reinforce_state(state, parts.policy.kl_weight, ahead)
+
+    return start, jax.eval_shape(start)
+
+
+def _captions_shape(parts: Parts) -> tuple[int, int, int]:
+    """[B, J, L] of the captions sampled for a batch."""
+    num_captions = parts.sampling.num_samples + (parts.policy.baseline == "greedy")
+    length = parts.sampling.max_length or parts.model.config.text_length
+    return parts.config.batch_size, num_captions, length
+
+
+class _Program:
+    """The step of a run with what it reads: what is frozen, and arrays by image."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        step: Step,
+        abstract_state: Any,
+        augment: Augment,
+        score: HostScores | None,
+        root: epath.Path,
+    ) -> None:
+        self._parts, self._step, self._abstract_state = parts, step, abstract_state
+        self._augment, self._score, self._root = augment, score, root
+        self._alarms = AlarmWriter(parts.alarms, root)
+        self._host = None
+        if score is not None:
+            self._host = HostStep(score, functools.partial(place_batch, parts.mesh))
+
+    def stage(self) -> Stage:
+        """What the training loop takes."""
+        host = self._host
+        return Stage(
+            batches=self._batches,
+            place=host.place if host else functools.partial(place_batch, self._parts.mesh),
+            compile=self._compiled,
+            writers=(self._alarms,),
+            close=host.close if host else lambda: None,
+        )
+
+    @functools.cached_property
+    def _arrays(self) -> ImageArrays:
+        parts = self._parts
+        return ImageArrays(
+            parts.rewards,
+            parts.reward_towers,
+            (parts.config.data.source or "mixture", parts.source),
+            lambda: references_of(parts.source, parts.data.captions),
+            directory=self._root / "features",
+            batch_size=parts.config.rewards.batch_size,
+            prompt=parts.config.rewards.prompt,
+        )
+
+    def _batches(self, plan: Plan, start: int, on_bad: Callable) -> Iterator:
+        parts, config = self._parts, plan.config
+        batches = train_batches(
+            parts.source,
+            plan.tokenizer,
+            preprocessing=plan.data.preprocessing,
+            augment=plan.augment,
+            captions=plan.data.captions,
+            reading=plan.data.reading,
+            text_length=plan.data.text_length,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            start=start,
+            with_index=True,
+            bags=parts.order,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            bad_budget=config.data.bad_budget if jax.process_count() == 1 else math.inf,
+            on_bad=on_bad,
+        )
+        rows = with_arrays(batches, self._arrays)  # which closes them
+        return with_next(rows) if self._host else rows
+
+    def _compiled(self) -> Callable:
+        """Compiles, with the mesh set, and gives the step of the loop."""
+        frozen = self._frozen()
+        batch = self._types(self._batch_shapes())
+        if self._host is None:
+            whole = jax.jit(self._step.whole, donate_argnums=0)
+            program = whole.lower(self._abstract_state, frozen, batch).compile()
+            return lowering(lambda state, placed: program(state, frozen, placed), self._alarms)
+        policy = self._abstract_state._replace(ahead=None)
+        sampled = jax.jit(self._step.sampled).lower(policy, batch).compile()
+        captions = jax.eval_shape(self._step.sampled, policy, batch)
+        learned = jax.jit(self._step.learned, donate_argnums=0)
+        learned = learned.lower(
+            policy, frozen, batch, captions, self._types(self._given_shapes())
+        ).compile()
+        self._host.programs = Programs(sampled, learned, frozen)
+        return lowering(self._host, self._alarms)
+
+    def _frozen(self) -> dict[str, Any]:
+        """Parameters that do not train, on the mesh."""
+        parts, frozen = self._parts, {}
+        if parts.policy.has_reference:
+            names = parts.model.param_specs().keys()
+            params = {name: parts.base.params[name] for name in names}
+            frozen["reference"] = place_tree(parts.mesh, params, parts.model.param_specs())
+        if parts.reward_towers is not None:
+            frozen["towers"] = parts.reward_towers.params
+        return frozen
+
+    def _batch_shapes(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """Of a row of a batch: shapes and types."""
+        config = self._parts.config
+        size, K, L = (
+            config.preprocessing.image_size,
+            config.captions.per_image,
+            config.data.text_length,
+        )
+        return {
+            "image": ((size, size, 3), np.uint8),
+            "tokens": ((L,) if K == 1 else (K, L), np.int32),
+            "position": ((), np.uint32),
+            "index": ((), np.int32),
+            "mask": ((), np.bool_),
+            "bag": ((), np.int32),
+            **self._arrays.shapes(),
+        }
+
+    def _given_shapes(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """Of a row of what the host gives."""
+        parts, (_, num_captions, _) = self._parts, _captions_shape(self._parts)
+        shapes: dict[str, Any] = {
+            HOST + name: ((num_captions,), np.float32) for name in parts.rewards.on_host
+        }
+        if parts.reward_towers is not None and not parts.reads_tokens:
+            length = parts.reward_towers.embedder.config.text_length
+            shapes[TOWER_TOKENS] = ((num_captions, length), np.int32)
+        return shapes
+
+    def _types(self, shapes: dict[str, tuple[tuple[int, ...], Any]]) -> dict[str, Any]:
+        B, mesh = self._parts.config.batch_size, self._parts.mesh
+        return {
+            name: jax.ShapeDtypeStruct(
+                (B, *shape),
+                dtype,
+                sharding=NamedSharding(mesh, P(BATCH, *(None,) * len(shape))),
+            )
+            for name, (shape, dtype) in shapes.items()
+        }

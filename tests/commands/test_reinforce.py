@@ -1,0 +1,179 @@
+"""`capjax reinforce` as its user runs it: trained, killed and resumed, on several devices."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+import capjax
+from capjax.checkpoint import load_params, step_directory
+from capjax.commands import settings
+from capjax.commands.reinforce_parts import build_policy, build_rewards
+from capjax.errors import UserError
+from tests.commands.conftest import REPOSITORY, finish, start, train_losses
+
+TINY = '''
+"""Reinforcement, shrunk."""
+from ml_collections import ConfigDict
+import runpy
+
+def get_config(arg="self_retrieval"):
+    config = runpy.run_path({path!r})["get_config"](arg)
+    config.batch_size = 16
+    config.total_steps = 4
+    config.sampling.num_samples = 3
+    config.data.source = "emoji:concept"
+    config.data.styles = ("fluent",)
+    config.captions.sources = ("tts",)
+    config.optimizer.warmup_steps = 0
+    config.checkpoint.every_steps = 2
+    config.log_every_steps = 1
+    config.evaluate.update(every_steps=0, batch_size=16, max_examples=16)
+    config.evaluate.splits = ConfigDict({{"concept": "emoji:concept"}})
+    config.tensorboard = False
+    return config
+'''
+REWARD = '''
+def reward(images, captions, references):
+    """Long captions of bright images."""
+    assert len(images) == len(captions) == len(references)
+    return [[len(text) / 100 + image.mean() / 255 for text in texts]
+            for image, texts in zip(images, captions)]
+'''
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny_config):
+    """A folder with a captioner, towers with the same and with another tokenizer, the config."""
+    root = tmp_path_factory.mktemp("reinforce")
+    (root / "tiny.py").write_text(
+        TINY.format(path=str(REPOSITORY / "configs" / "emoji_reinforce.py"))
+    )
+    (root / "reward.py").write_text(REWARD)
+    towers = (
+        "--config.objective.captioning.weight=0",
+        "--config.objective.contrastive.weight=1",
+        "--config.model.pool=map",
+        "--config.model.text_depth=1",
+    )
+    short = ("--config.total_steps=3", "--config.checkpoint.every_steps=0")
+    train = ("train", f"--config={tiny_config}", *short)
+    jobs = [
+        start(*train, f"--workdir={root}/captioner"),
+        start(*train, f"--workdir={root}/towers", *towers),
+        start(
+            *train, f"--workdir={root}/others", *towers, "--config.data.tokenizer.vocab_size=340"
+        ),
+    ]
+    for job in jobs:
+        finish(job)
+    return root
+
+
+def reinforce(runs, workdir, *flags, arg="self_retrieval", devices=1):
+    return start(
+        "reinforce",
+        f"--config={runs}/tiny.py:{arg}",
+        f"--checkpoint={runs}/captioner",
+        f"--workdir={workdir}",
+        *flags,
+        devices=devices,
+    )
+
+
+def lines_of(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "train/loss" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arg", "towers", "flags"),
+    [
+        ("self_retrieval", "towers", ()),
+        (
+            "both",
+            "others",
+            (
+                "--config.policy.algorithm=scst",
+                "--config.rewards.ref_clip_score.weight=0.5",
+                "--config.rewards.self_retrieval.num_negatives=3",
+                "--config.policy.likelihood_weight=0.1",
+            ),
+        ),
+    ],
+)
+def test_a_run_that_was_cut_goes_on_as_if_it_had_not_been(runs, tmp_path, arg, towers, flags):
+    flags = (*flags, f"--towers={runs}/{towers}")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    finish(reinforce(runs, whole, *flags, arg=arg))
+    finish(reinforce(runs, cut, *flags, arg=arg))
+    shutil.rmtree(step_directory(cut / "checkpoints", 4))
+    output = finish(reinforce(runs, cut, *flags, arg=arg))
+    assert "resuming after step 2" in output
+    assert train_losses(whole) == train_losses(cut)
+    params, again = (load_params(path).params for path in (whole, cut))
+    jax.tree.map(np.testing.assert_array_equal, params, again)
+    rewards = [line["train/reward"] for line in lines_of(whole)]
+    assert len(rewards) == 4 and np.isfinite(rewards).all()
+    assert capjax.load(whole).caption([np.zeros((16, 16, 3), np.uint8)])
+
+
+@pytest.mark.slow
+def test_eight_devices_and_rewards_of_ones_own(runs, tmp_path):
+    flags = (
+        f"--config.rewards.functions.bright={runs}/reward.py",
+        "--config.rewards.repetition.weight=0.1",
+        "--config.policy.kl_weight=0",
+        "--config.optimizer.learning_rate=1e-4",
+        f"--towers={runs}/others",
+    )
+    found = []
+    for devices in (1, 8):
+        workdir = tmp_path / str(devices)
+        finish(reinforce(runs, workdir, *flags, devices=devices))
+        found.append(lines_of(workdir))
+    for one, eight in zip(*found, strict=True):
+        for name in ("train/reward_bright", "train/reward", "train/caption_tokens", "train/loss"):
+            assert one[name] == pytest.approx(eight[name], rel=1e-3, abs=1e-4), name
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--config.policy.algorithm=sct",), "policy.algorithm='sct'"),
+        (("--config.policy.kl_estimator=k1",), "kl_in_reward"),
+        (("--config.rewards.self_retrieval.weight=0",), "every weight is 0"),
+        (("--config.rewards.self_retrieval.among=bags",), "rewards.self_retrieval.among='bags'"),
+        (("--config.rewards.length.weight=1",), "rewards.length.shortest"),
+        (("--config.rewards.functions.length=reward.py",), "a reward has that name"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(flags, words):
+    config = settings.load_config("emoji_reinforce", flags)
+    with pytest.raises(UserError, match=words.replace("(", r"\(")):
+        build_policy(config)
+        build_rewards(config)
+
+
+@pytest.mark.slow
+def test_what_is_missing_or_the_same_is_refused(runs, tmp_path):
+    def refused(*flags):
+        process = start(*flags)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 2 and len(output.splitlines()) == 1, output
+        assert not (tmp_path / "run").exists()
+        return output
+
+    base = ("reinforce", f"--config={runs}/tiny.py", f"--workdir={tmp_path}/run")
+    assert "--checkpoint" in refused(*base)
+    with_captioner = (*base, f"--checkpoint={runs}/captioner")
+    assert "--towers" in refused(*with_captioner)
+    assert "no contrastive towers" in refused(*with_captioner, f"--towers={runs}/captioner")
+    assert "needs a captioner" in refused(*base, f"--checkpoint={runs}/towers")
+    judged = (f"--towers={runs}/towers", f"--config.evaluate.judge={runs}/towers")
+    assert "judges nothing" in refused(*with_captioner, *judged)
+    train = ("train", f"--config={runs}/tiny.py", f"--workdir={tmp_path}/run")
+    assert "capjax reinforce" in refused(*train)
