@@ -289,6 +289,18 @@ class LoadedModel:
 
     def embed_texts(self, texts: Sequence[str], batch_size: int = 32) -> np.ndarray:
         """float32 [N, D] of length 1. Texts are lower-cased where training did so, and cut."""
+        return self._map_texts(_embed_texts, texts, batch_size)
+
+    def text_features(self, texts: Sequence[str], batch_size: int = 32) -> np.ndarray:
+        """float32 [N, D]: what the towers make of texts before `embed_texts` projects it."""
+        return self._map_texts(_text_features, texts, batch_size)
+
+    def _map_texts(
+        self,
+        run: Callable[[TwoTowers | CoCa, Params, Array], Array],
+        texts: Sequence[str],
+        batch_size: int,
+    ) -> np.ndarray:
         if not len(texts) or batch_size < 1:
             raise UserError(f"{len(texts)} texts, batch_size={batch_size}: expected at least 1")
         embedder = self.embedder
@@ -296,7 +308,7 @@ class LoadedModel:
         outputs = []
         for chunk, _, size in self.chunks(tokens, batch_size):
             made = self.on_device(
-                lambda batch: _embed_texts(embedder, self.params, batch["tokens"]),
+                lambda batch: run(embedder, self.params, batch["tokens"]),
                 {"tokens": np.stack(chunk)},
                 size,
             )
@@ -376,3 +388,8 @@ def _embed_images(embedder: TwoTowers | CoCa, params: Params, images_BHWC: Array
 @functools.partial(jax.jit, static_argnums=0)
 def _embed_texts(embedder: TwoTowers | CoCa, params: Params, tokens_TL: Array) -> Array:
     return embedder.embed_text(params, tokens_TL)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _text_features(embedder: TwoTowers | CoCa, params: Params, tokens_TL: Array) -> Array:
+    return embedder.text_feature(params, tokens_TL).astype(jnp.float32)

@@ -171,10 +171,14 @@ class CoCa(PureModel):
         The last of the `text_length` tokens, which is EOS in a caption that fills them, is not
         read: so the vectors are those of the training pass, whose inputs are the labels shifted.
         """
+        projection = self.module(params).decoder.class_projection
+        return unit_norm(apply_projection(projection, self.text_feature(params, tokens_TL)))
+
+    def text_feature(self, params: Params, tokens_TL: Int[Array, "T L"]) -> Float[Array, "T E"]:
+        """The text's feature before the projection; of what `embed_text` reads."""
         inputs_TL = jnp.pad(tokens_TL[:, :-1], ((0, 0), (1, 0)), constant_values=PAD_ID)
         self._check_length(inputs_TL.shape[1])
-        decoder = self.module(params).decoder
-        return unit_norm(decoder.text_and_class(inputs_TL)[1])
+        return self.module(params).decoder.text_and_class_state(inputs_TL)[1]
 
     def hidden_and_text(
         self, params: Params, tokens_BL: Int[Array, "B L"], memory_BQD: Float[Array, "B Q D"]

@@ -155,13 +155,19 @@ class CoCaDecoder(nnx.Module):
         self, tokens_BL: Int[Array, "B L"]
     ) -> tuple[Float[Array, "B L E"], Float[Array, "B D"]]:
         """`text`, and the class token's state, normed and projected."""
+        text_BLE, class_BE = self.text_and_class_state(tokens_BL)
+        return text_BLE, apply_projection(self.class_projection, class_BE)
+
+    def text_and_class_state(
+        self, tokens_BL: Int[Array, "B L"]
+    ) -> tuple[Float[Array, "B L E"], Float[Array, "B E"]]:
+        """`text`, and the class token's state, normed."""
         x_BLE = self._embed(tokens_BL)
         class_11E = use(self.class_token, self.dtype)[None]
         class_B1E = broadcast(class_11E, (len(x_BLE), *class_11E.shape[1:]), act_BLD)
         x_BSE = jnp.concatenate([x_BLE, class_B1E], axis=1)
         x_BSE = self._unimodal(x_BSE, class_attention_bias(tokens_BL))
-        class_BE = self.class_norm(x_BSE[:, -1:])[:, 0]
-        return x_BSE[:, :-1], apply_projection(self.class_projection, class_BE)
+        return x_BSE[:, :-1], self.class_norm(x_BSE[:, -1:])[:, 0]
 
     def hidden(
         self, text_BLE: Float[Array, "B L E"], memory_BQD: Float[Array, "B Q D"]

@@ -171,10 +171,15 @@ class TwoTowers(PureModel):
 
     def embed_text(self, params: Params, tokens_TL: Int[Array, "T L"]) -> Float[Array, "T E"]:
         """Float32 embeddings of length 1; tokens are padded with 0."""
+        feature_TD = self.text_feature(params, tokens_TL)
+        return unit_norm(apply_projection(self.module(params).text_encoder.projection, feature_TD))
+
+    def text_feature(self, params: Params, tokens_TL: Int[Array, "T L"]) -> Float[Array, "T D"]:
+        """The text's feature before the projection."""
         length = tokens_TL.shape[1]
         if length > self.config.text_length:
             raise UserError(f"{length} tokens, but text_length={self.config.text_length}")
-        return unit_norm(self.module(params).text_encoder(tokens_TL))
+        return self.module(params).text_encoder.pooled(tokens_TL)
 
     def logit_scale_and_bias(self, params: Params) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """By what cosines are multiplied, and what is added, to make logits of them."""

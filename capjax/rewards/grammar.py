@@ -1,0 +1,71 @@
+"""The grammar reward: how surely a small head takes a caption for one that nobody broke.
+
+Cho et al. 2022, "Fine-grained Image Captioning with CLIP Reward": two linear maps without bias, a
+ReLU between them, on what a text tower makes of a caption before its projection.
+`capjax.rewards.grammar_training` trains one.
+
+Letters: N texts (or any leading axes), D width of the tower's feature, H of the hidden layer.
+"""
+
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from capjax.dims import Array, Float, Params, PRNGKeyArray
+from capjax.errors import UserError
+
+
+def init_grammar_head(key: PRNGKeyArray, width: int, hidden_width: int = 0) -> Params:
+    """float32 {"hidden": [D, H], "output": [H, 2]}."""
+    hidden_width = hidden_width or width
+    hidden_key, output_key = jax.random.split(key)
+    return {
+        "hidden": jax.random.normal(hidden_key, (width, hidden_width)) * width**-0.5,
+        "output": jax.random.normal(output_key, (hidden_width, 2)) * hidden_width**-0.5,
+    }
+
+
+def grammar_logits(params: Params, feature_ND: Float[Array, "*N D"]) -> Float[Array, "*N 2"]:
+    """Float32 logits of: broken, whole."""
+    hidden = jax.nn.relu(_product(feature_ND.astype(jnp.float32), params["hidden"]))
+    return _product(hidden, params["output"])
+
+
+def grammar_score(params: Params, feature_ND: Float[Array, "*N D"]) -> Float[Array, "*N"]:
+    """The probability, in [0, 1], that a caption of this feature is whole: the reward."""
+    logits_N2 = grammar_logits(params, feature_ND)
+    return jax.nn.sigmoid(logits_N2[..., 1] - logits_N2[..., 0])
+
+
+def write_grammar_head(path: str, params: Params) -> None:
+    """The head as a NumPy archive, `hidden` and `output`."""
+    with epath.Path(path).open("wb") as file:
+        np.savez(file, **{name: np.asarray(x) for name, x in params.items()})  # pyrefly: ignore
+
+
+def read_grammar_head(path: str, width: int) -> Params:
+    """What `write_grammar_head` wrote, float32 in NumPy.
+
+    Raises `UserError` where the file is no such head, or one for features of another width.
+    """
+    try:
+        with epath.Path(path).open("rb") as file, np.load(file) as archive:
+            params = {name: archive[name] for name in ("hidden", "output")}
+    except (OSError, EOFError, TypeError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"grammar head {path!r} cannot be read ({error}); train one with "
+            "capjax.rewards.grammar_training.fit_grammar_head and write_grammar_head"
+        ) from error
+    if params["hidden"].ndim != 2 or len(params["hidden"]) != width:
+        raise UserError(
+            f"grammar head {path!r} reads features of shape {params['hidden'].shape[:1]}, but the "
+            f"towers' are {width} wide; train one on features of these towers"
+        )
+    return params
+
+
+def _product(x: Array, kernel: Array) -> Array:
+    return jnp.matmul(x, kernel, precision=jax.lax.Precision.HIGHEST)
