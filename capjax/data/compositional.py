@@ -213,13 +213,15 @@ def read_imagecode(path: str, images: str) -> list[Item]:
     An item is a description and the ten images of its set, of which it is true of one. `images` has
     a folder for each set, with `img0.jpg`, `img7.jpg` and so on; the file counts them in the order
     of their numbers. The kind is "video", or "static" for the sets of Open Images. Raises
-    `UserError` where a folder holds no such images.
+    `UserError` where a folder lacks images.
     """
     items = []
     for row in _rows(path):
         folder, descriptions = row["id"], {k: text for k, text in row.items() if k != "id"}
         pictures = _numbered(posixpath.join(images, folder))
         for target, text in descriptions.items():
+            if not 0 <= int(target) < len(pictures):
+                raise UserError(f"{path}: {folder} has {len(pictures)} images, but no {target}")
             truth = tuple((place == int(target),) for place in range(len(pictures)))
             kind = "static" if "open-images" in folder else "video"
             items.append(Item(f"{folder}/{target}", kind, pictures, (text.strip(),), truth))

@@ -214,6 +214,9 @@ def test_imagecode(tmp_path):
     assert third.kind == "static" and third.truth[0] == (True,)
     with pytest.raises(UserError, match=r"MSR-VTT-video7-shot1_0: expected images img0\.jpg"):
         read_items("imagecode", path, str(tmp_path / "elsewhere"))
+    few = write(tmp_path / "few.json", {"open-images-1_a": {"3": "red"}})
+    with pytest.raises(UserError, match="open-images-1_a has 3 images, but no 3"):
+        read_items("imagecode", few, str(tmp_path))
     unlabelled = write(tmp_path / "test_data_unlabeled.json", {"open-images-1_a": ["red"]})
     with pytest.raises(UserError, match="not in the layout of imagecode"):
         read_items("imagecode", unlabelled, str(tmp_path))
