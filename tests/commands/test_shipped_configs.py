@@ -22,6 +22,7 @@ CONFIGS = [
     "emoji_cappa",
     "emoji_guided",
     "emoji_vague",
+    *(f"emoji_finetune:{corpus}" for corpus in ("vague", "full")),
     *(f"emoji_objectives:{objective}" for objective in OBJECTIVES),
     *(f"emoji_reinforce:{rewards}" for rewards in ("self_retrieval", "cider", "both")),
     *PAPER,
