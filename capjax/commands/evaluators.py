@@ -27,6 +27,7 @@ from capjax.evaluation.blindness import blindness
 from capjax.evaluation.captions import distinct_ratio
 from capjax.evaluation.likelihood import evaluate_likelihood
 from capjax.evaluation.measured import Measured, join, write_measured
+from capjax.evaluation.over_time import keep_over_time
 from capjax.evaluation.retrieval import evaluate_retrieval
 from capjax.evaluation.splits import CaptionRecord, caption_split, measure_records, write_captions
 from capjax.objectives.combined import Objectives
@@ -43,7 +44,9 @@ class Evaluation:
     evaluations/<split>.json, probes to <split>@probes.json, captions with guidance to
     <split>@<scale>.json, a test of composition to test_<name>.json. `say` is told of a captioner
     that ignores its images, and of what cannot be measured, read or written; `unwritten` keeps the
-    last. `features`: where the probes' are kept. Every process measures, the first one writes.
+    last. `features`: where the probes' are kept. `over_time`: of a run in training, so that what
+    it says of a few images is added to captions/over_time/<split>.jsonl. Every process measures,
+    the first one writes.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Evaluation:
         max_examples: int | None,
         say: Callable[[str], None],
         features: epath.Path | None = None,
+        over_time: bool = False,
     ) -> None:
         self.root = root
         self.mesh = mesh
@@ -68,6 +72,7 @@ class Evaluation:
         self.max_examples = max_examples
         self.say = say
         self.features = features
+        self.over_time = over_time
         self.unwritten: list[str] = []
         self._unreadable = 0
 
@@ -167,6 +172,11 @@ class Evaluation:
         # Pages show what lies in captions/ itself: a gallery for each split.
         folder = "captions/guided" if options.is_guided else "captions"
         self._keep(f"{folder}/{name}.jsonl", lambda path: write_captions(path, records))
+        if self.over_time and not options.is_guided:
+            self._keep(
+                f"captions/over_time/{name}.jsonl",
+                lambda path: keep_over_time(path, records, model.step),
+            )
         measures = self.measures
         found = {
             "captions": measure_records(
@@ -288,6 +298,7 @@ def build_evaluators(plan: Plan, root: epath.Path, say: Callable[[str], None]) -
             batch_size=settings.batch_size,
             max_examples=None if step == plan.total_steps else settings.max_examples,
             say=say,
+            over_time=True,
         )
         if of in plan.splits:
             return evaluation.split(of, plan.splits[of], model)

@@ -62,6 +62,7 @@ def test_training_goes_on(full, tmp_path, monkeypatch):
         batch_size=8,
         max_examples=None,
         say=said.append,
+        over_time=True,
     )
     model = LoadedModel(
         tiny.towers(), tiny.params(), tiny.tokenizer(), tiny.PREPROCESSING, {}, step=3
@@ -70,9 +71,10 @@ def test_training_goes_on(full, tmp_path, monkeypatch):
     assert found["loss"] == 1 and found["exact_match"] == 1 and found["image_to_text_r1"] == 0.5
     assert said == [
         f"warning: {tmp_path}/{name} not written: No space left on device"
-        for name in ("captions/asked.jsonl", "evaluations/asked.json")
+        for name in evaluation.unwritten
     ]
-    assert evaluation.unwritten == ["captions/asked.jsonl", "evaluations/asked.json"]
+    captions = ["captions/asked.jsonl", "captions/over_time/asked.jsonl"]
+    assert evaluation.unwritten == [*captions, "evaluations/asked.json"]
     assert not files(tmp_path)
 
 
