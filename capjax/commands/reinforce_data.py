@@ -17,9 +17,11 @@ from capjax.data.tokenizer import EOS_ID, PAD_ID, Tokenizer
 from capjax.decoding.loaded_model import LoadedModel
 from capjax.errors import UserError
 from capjax.evaluation.features import frozen_features
+from capjax.rewards.consensus_device import NgramTable, ngram_table
 from capjax.rewards.consensus_reward import ConsensusReward
 from capjax.rl.reward_terms import (
     HOST,
+    REFERENCES,
     TOWER_IMAGE,
     TOWER_NEGATIVES,
     TOWER_REFERENCES,
@@ -47,7 +49,9 @@ class ImageArrays:
     """The arrays of a batch that depend on its images alone, from their indices.
 
     The towers embed every image of the source once, as it is (not augmented); what they made is
-    kept in `directory`. Raises `UserError` as `frozen_features`.
+    kept in `directory`. `tokenizer` and `text_length` are the captioner's. `ngrams`: document
+    frequencies of the references' ids, for CIDEr-D on the device; None without it. Raises
+    `UserError` as `frozen_features`.
     """
 
     def __init__(
@@ -60,8 +64,15 @@ class ImageArrays:
         directory: epath.Path,
         batch_size: int,
         prompt: str,
+        tokenizer: Tokenizer,
+        text_length: int,
     ) -> None:
-        self._image_ND = self._nearest_NM = self._reference_NRT = None
+        self._image_ND = self._nearest_NM = self._reference_NRT = self._label_NRL = None
+        self.ngrams: NgramTable | None = None
+        if "cider_d" in rewards.used and rewards.cider_d.on == "device":
+            labels = [_labels(tokenizer, captions, text_length) for captions in references()]
+            self._label_NRL = np.stack(labels)
+            self.ngrams = ngram_table([image[image[:, 0] != PAD_ID] for image in labels])
         if towers is None:
             return
         self._image_ND = _embedded(towers, opened, directory, batch_size)
@@ -83,6 +94,8 @@ class ImageArrays:
             rows = rows | {TOWER_NEGATIVES: self._image_ND[self._nearest_NM[index]]}
         if self._reference_NRT is not None:
             rows = rows | {TOWER_REFERENCES: self._reference_NRT[index]}
+        if self._label_NRL is not None:
+            rows = rows | {REFERENCES: self._label_NRL[index]}
         return rows
 
     def shapes(self) -> dict[str, tuple[tuple[int, ...], type]]:
@@ -132,6 +145,14 @@ def _nearest(image_ND: np.ndarray, count: int, block: int = 1024) -> np.ndarray:
         cosine[rows, start + rows] = -np.inf
         parts.append(np.argpartition(-cosine, count - 1, axis=1)[:, :count].astype(np.int32))
     return np.concatenate(parts)
+
+
+def _labels(tokenizer: Tokenizer, texts: list[str], length: int) -> np.ndarray:
+    """int32 [`MAX_REFERENCES`, L]: the first captions as the tokenizer writes them, then PAD."""
+    made = np.full((MAX_REFERENCES, length), PAD_ID, np.int32)
+    if texts := texts[:MAX_REFERENCES]:
+        made[: len(texts)] = tokenizer.encode_batch(texts, length)
+    return made
 
 
 def tower_texts(towers: LoadedModel, texts: list[str], prompt: str, rows: int = 0) -> np.ndarray:

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from capjax.checkpoint import check_disk_space
 from capjax.commands import build
 from capjax.commands.build import Plan, Stage
-from capjax.commands.program import build_optimizer
+from capjax.commands.program import Adapted, adapt, build_optimizer
 from capjax.commands.reinforce_alarms import AlarmWriter, lowering
 from capjax.commands.reinforce_data import (
     HostScores,
@@ -39,6 +39,7 @@ from capjax.rl.reward_terms import HOST, TOWER_TOKENS, build_rewards
 from capjax.rl.rollout import Rollout
 from capjax.rl.state import reinforce_state
 from capjax.rl.step import Step, make_step
+from capjax.training.lora import merge
 from capjax.training.optimizer import OptimizerConfig, make_optimizer
 from capjax.training.state import init_state
 
@@ -54,10 +55,11 @@ def build_reinforcement(config: ConfigDict, workdir: str) -> Plan:
     augment = from_dataclass_kwargs(Augment, config.augment, "augment")
     towers = Towers(captioner=parts.model)
     optimizer, total_steps = _durations(parts)
-    tx, step = _build_step(parts, optimizer, total_steps)
+    adapted = adapt(config, towers, optimizer)
+    tx, step = _build_step(parts, adapted, total_steps)
     score = _host_scores(parts)
     with jax.set_mesh(parts.mesh):
-        start, abstract_state = _state(parts, towers, tx, optimizer, score is not None)
+        start, abstract_state = _state(parts, adapted, tx, score is not None)
     check_disk_space(root / "checkpoints", abstract_state, config.checkpoint.keep)
     program = _Program(parts, step, abstract_state, augment, score, root)
     return Plan(
@@ -72,6 +74,7 @@ def build_reinforcement(config: ConfigDict, workdir: str) -> Plan:
         warm_start=build.build_warm_start(config),
         objectives=Objectives(CaptioningObjective(**config.objective.captioning)),
         towers=towers,
+        lora=adapted.lora,
         total_steps=total_steps,
         init_state=start,
         abstract_state=abstract_state,
@@ -99,10 +102,15 @@ def _durations(parts: Parts) -> tuple[OptimizerConfig, int]:
     return optimizer, total_steps
 
 
-def _build_step(parts: Parts, optimizer: OptimizerConfig, total_steps: int) -> tuple[Any, Step]:
+def _build_step(parts: Parts, adapted: Adapted, total_steps: int) -> tuple[Any, Step]:
+    optimizer, lora = adapted.optimizer, adapted.lora
     tx, learning_rate = make_optimizer(
-        optimizer, total_steps * parts.sampling.num_updates, parts.model.unpadded_params()
+        optimizer, total_steps * parts.sampling.num_updates, adapted.unpadded_params
     )
+
+    def reference(params, frozen):
+        return frozen["reference"] if _has_copy(parts) else merge(params, 0.0)
+
     step = make_step(
         parts.model,
         parts.policy,
@@ -114,8 +122,16 @@ def _build_step(parts: Parts, optimizer: OptimizerConfig, total_steps: int) -> t
         freeze=optimizer.freeze,
         ema_decay=optimizer.ema_decay,
         may_lower_rate=parts.alarms.action == "lower_rate",
+        plain_params=lambda params: merge(params, lora.scale),
+        reference_params=reference,
     )
     return tx, step
+
+
+def _has_copy(parts: Parts) -> bool:
+    """Whether the reference is a copy of the first parameters: where these change."""
+    lora = parts.config.lora
+    return parts.policy.has_reference and not (lora.rank and not lora.train)
 
 
 def _host_scores(parts: Parts) -> HostScores | None:
@@ -138,14 +154,13 @@ def _host_scores(parts: Parts) -> HostScores | None:
     )
 
 
-def _state(
-    parts: Parts, towers: Towers, tx: Any, optimizer: OptimizerConfig, is_ahead: bool
-) -> tuple[Callable, Any]:
+def _state(parts: Parts, adapted: Adapted, tx: Any, is_ahead: bool) -> tuple[Callable, Any]:
     """(what makes the first state, its types). Call within the mesh."""
     shape = _captions_shape(parts)
 
     def start():
-        state = init_state(towers.init, tx, parts.config.seed, ema=optimizer.ema_decay > 0)
+        has_ema = adapted.optimizer.ema_decay > 0
+        state = init_state(adapted.init, tx, parts.config.seed, ema=has_ema)
         ahead = None
         if is_ahead:
             spec = P(BATCH, None, None)
@@ -206,6 +221,8 @@ class _Program:
             directory=self._root / "features",
             batch_size=parts.config.rewards.batch_size,
             prompt=parts.config.rewards.prompt,
+            tokenizer=parts.base.tokenizer,
+            text_length=parts.model.config.text_length,
         )
 
     def _batches(self, plan: Plan, start: int, on_bad: Callable) -> Iterator:
@@ -252,12 +269,15 @@ class _Program:
     def _frozen(self) -> dict[str, Any]:
         """Parameters that do not train, on the mesh."""
         parts, frozen = self._parts, {}
-        if parts.policy.has_reference:
+        if _has_copy(parts):
             names = parts.model.param_specs().keys()
             params = {name: parts.base.params[name] for name in names}
             frozen["reference"] = place_tree(parts.mesh, params, parts.model.param_specs())
         if parts.reward_towers is not None:
             frozen["towers"] = parts.reward_towers.params
+        if (table := self._arrays.ngrams) is not None:
+            specs = jax.tree.map(lambda x: P(*(None,) * x.ndim), table)
+            frozen["ngrams"] = place_tree(parts.mesh, table, specs)
         return frozen
 
     def _batch_shapes(self) -> dict[str, tuple[tuple[int, ...], Any]]:

@@ -16,6 +16,7 @@ from capjax.data.tokenizer import PAD_ID
 from capjax.dims import Array, Batch
 from capjax.errors import UserError
 from capjax.rewards.clip_score import clip_score_reward, ref_clip_score_reward
+from capjax.rewards.consensus_device import cider_d
 from capjax.rewards.normalize import KINDS
 from capjax.rewards.self_retrieval import self_retrieval
 from capjax.rewards.text_shape import length_penalty, repetition_penalty
@@ -26,6 +27,7 @@ from capjax.rl.towers import RewardTowers, as_texts
 TOWER_IMAGE = "tower_image"  # [B, D], in the batch: of length 1
 TOWER_NEGATIVES = "tower_negatives"  # [B, M, D], in the batch
 TOWER_REFERENCES = "tower_references"  # [B, R, T] ids, in the batch; all PAD where there is none
+REFERENCES = "references"  # [B, R, L] of the captioner's ids, in the batch; likewise
 TOWER_TOKENS = "tower_tokens"  # [B, J, T] ids, given
 HOST = "host_"  # [B, J], given: a reward of the host
 
@@ -223,6 +225,10 @@ def build_rewards(
 def _compute(name: str, term: Any, rewards: Rewards, towers: RewardTowers | None):
     if name in rewards.on_host:
         return lambda frozen, batch, tokens_BJL, given: given[HOST + name]
+    if name == "cider_d":
+        return lambda frozen, batch, tokens_BJL, given: cider_d(
+            tokens_BJL, batch[REFERENCES], frozen["ngrams"]
+        )
     if name == "length":
         return lambda frozen, batch, tokens_BJL, given: length_penalty(
             tokens_BJL, term.shortest, term.longest, term.tolerance

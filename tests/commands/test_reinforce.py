@@ -6,6 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 import capjax
 from capjax.checkpoint import load_params, step_directory
@@ -110,7 +111,7 @@ def test_a_run_that_was_cut_goes_on_as_if_it_had_not_been(runs, tmp_path, arg, t
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     finish(reinforce(runs, whole, *flags, arg=arg))
     finish(reinforce(runs, cut, *flags, arg=arg))
-    shutil.rmtree(step_directory(cut / "checkpoints", 4))
+    shutil.rmtree(step_directory(epath.Path(cut / "checkpoints"), 4))
     output = finish(reinforce(runs, cut, *flags, arg=arg))
     assert "resuming after step 2" in output
     assert train_losses(whole) == train_losses(cut)
