@@ -25,7 +25,7 @@ def length_penalty(
         )
     if not tolerance > 0:
         raise UserError(f"tolerance={tolerance}: expected tokens, more than 0")
-    count_BK = jnp.sum(tokens_BKL != PAD_ID, -1)
+    count_BK = jnp.sum(tokens_BKL != PAD_ID, -1, dtype=jnp.float32)
     beyond_BK = jnp.maximum(jnp.maximum(shortest - count_BK, count_BK - longest), 0)
     return -jnp.minimum(beyond_BK / tolerance, 1.0)
 
