@@ -5,6 +5,7 @@ from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -15,10 +16,13 @@ from capjax.data.records import CorruptRecord
 from capjax.data.sources import Source
 from capjax.data.tokenizer import EOS_ID, PAD_ID, Tokenizer
 from capjax.decoding.loaded_model import LoadedModel
+from capjax.dims import Params
 from capjax.errors import UserError
 from capjax.evaluation.features import frozen_features
 from capjax.rewards.consensus_device import NgramTable, ngram_table
 from capjax.rewards.consensus_reward import ConsensusReward
+from capjax.rewards.grammar import read_grammar_head, write_grammar_head
+from capjax.rewards.grammar_training import fit_grammar_head
 from capjax.rl.reward_terms import (
     HOST,
     REFERENCES,
@@ -182,6 +186,28 @@ def load_function(name: str, file: str) -> Callable:
             "reward(images, captions, references)"
         )
     return found
+
+
+def grammar_head(
+    head: str, towers: LoadedModel, references: list[list[str]], kept: epath.Path, prompt: str
+) -> Params:
+    """The head of the file `head`; without one, that of `kept`, which is trained first if need be.
+
+    It learns from the references, and from the same captions broken (Cho et al. 2022); the first
+    process writes it. Raises `UserError` where the file is no head for these towers.
+    """
+    width = towers.text_features(["a"]).shape[1]
+    if head or kept.exists():
+        return read_grammar_head(str(head or kept), width)
+    texts = [text for captions in references for text in captions]
+    params, found = fit_grammar_head(
+        lambda texts: towers.text_features([prompt + text for text in texts], 256), texts
+    )
+    if jax.process_index() == 0:
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
+        print(f"trained a grammar head: {shown}", flush=True)
+        write_grammar_head(str(kept), params)
+    return params
 
 
 class HostScores:

@@ -22,6 +22,7 @@ from capjax.commands.reinforce_alarms import AlarmWriter, lowering
 from capjax.commands.reinforce_data import (
     HostScores,
     ImageArrays,
+    grammar_head,
     load_function,
     references_of,
     with_arrays,
@@ -275,6 +276,16 @@ class _Program:
             frozen["reference"] = place_tree(parts.mesh, params, parts.model.param_specs())
         if parts.reward_towers is not None:
             frozen["towers"] = parts.reward_towers.params
+        if "grammar" in parts.rewards.used and parts.reward_towers is not None:
+            head = grammar_head(
+                parts.rewards.grammar.head,
+                parts.reward_towers,
+                references_of(parts.source, parts.data.captions),
+                self._root / "grammar_head.npz",
+                parts.config.rewards.prompt,
+            )
+            specs = jax.tree.map(lambda x: P(*(None,) * x.ndim), head)
+            frozen["grammar"] = place_tree(parts.mesh, head, specs)
         if (table := self._arrays.ngrams) is not None:
             specs = jax.tree.map(lambda x: P(*(None,) * x.ndim), table)
             frozen["ngrams"] = place_tree(parts.mesh, table, specs)

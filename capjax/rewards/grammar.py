@@ -7,6 +7,7 @@ ReLU between them, on what a text tower makes of a caption before its projection
 Letters: N texts (or any leading axes), D width of the tower's feature, H of the hidden layer.
 """
 
+import io
 import zipfile
 
 import jax
@@ -16,6 +17,7 @@ from etils import epath
 
 from capjax.dims import Array, Float, Params, PRNGKeyArray
 from capjax.errors import UserError
+from capjax.training.workdir import write_atomic
 
 
 def init_grammar_head(key: PRNGKeyArray, width: int, hidden_width: int = 0) -> Params:
@@ -41,9 +43,10 @@ def grammar_score(params: Params, feature_ND: Float[Array, "*N D"]) -> Float[Arr
 
 
 def write_grammar_head(path: str, params: Params) -> None:
-    """The head as a NumPy archive, `hidden` and `output`."""
-    with epath.Path(path).open("wb") as file:
-        np.savez(file, **{name: np.asarray(x) for name, x in params.items()})  # pyrefly: ignore
+    """The head as a NumPy archive, `hidden` and `output`; a whole file, or the old one."""
+    content = io.BytesIO()
+    np.savez(content, **{name: np.asarray(x) for name, x in params.items()})  # pyrefly: ignore
+    write_atomic(path, content.getvalue())
 
 
 def read_grammar_head(path: str, width: int) -> Params:

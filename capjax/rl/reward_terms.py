@@ -17,6 +17,7 @@ from capjax.dims import Array, Batch
 from capjax.errors import UserError
 from capjax.rewards.clip_score import clip_score_reward, ref_clip_score_reward
 from capjax.rewards.consensus_device import cider_d
+from capjax.rewards.grammar import grammar_score
 from capjax.rewards.normalize import KINDS
 from capjax.rewards.self_retrieval import self_retrieval
 from capjax.rewards.text_shape import length_penalty, repetition_penalty
@@ -87,7 +88,10 @@ class CiderD(_Weighed):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Grammar(_Weighed):
-    """The probability of a head that its caption is a sound one; `head`: a file of its weights."""
+    """How surely a head takes the caption for one that nobody broke (Cho et al. 2022).
+
+    head: a file of its weights; "": one is trained on the captions of the source.
+    """
 
     head: str = ""
 
@@ -184,13 +188,16 @@ class Towers(NamedTuple):
 
     read: RewardTowers
 
+    def texts(self, tokens_BJL: Array, given: Batch) -> Array:
+        """[B, J, T], ids as the towers read them."""
+        texts_BJT = given.get(TOWER_TOKENS)
+        if texts_BJT is not None:
+            return texts_BJT
+        return as_texts(tokens_BJL, self.read.embedder.config.text_length, self.read.prompt)
+
     def captions(self, frozen: Any, tokens_BJL: Array, given: Batch) -> Array:
         """[B, J, D]"""
-        length = self.read.embedder.config.text_length
-        texts_BJT = given.get(TOWER_TOKENS)
-        if texts_BJT is None:
-            texts_BJT = as_texts(tokens_BJL, length, self.read.prompt)
-        return self.read.embed(frozen["towers"], texts_BJT)
+        return self.read.embed(frozen["towers"], self.texts(tokens_BJL, given))
 
     def references(self, frozen: Any, batch: Batch) -> tuple[Array, Array]:
         """[B, R, D], and which of them there are, [B, R]."""
@@ -262,7 +269,12 @@ def _compute(name: str, term: Any, rewards: Rewards, towers: RewardTowers | None
             definition=term.definition,
         )
 
+    def grammar_scored(frozen, batch, tokens_BJL, given):
+        feature_BJD = read.read.features(frozen["towers"], read.texts(tokens_BJL, given))
+        return grammar_score(frozen["grammar"], feature_BJD)
+
     return {
+        "grammar": grammar_scored,
         "self_retrieval": self_retrieving,
         "clip_score": clip_scored,
         "ref_clip_score": ref_clip_scored,

@@ -34,6 +34,13 @@ class RewardTowers(NamedTuple):
         text_TD = self.embedder.embed_text(params, as_rows(tokens_BJL, (B * J, L)))
         return lax.stop_gradient(as_rows(text_TD, (B, J, text_TD.shape[-1])))
 
+    def features(self, params: Any, tokens_BJL: Int[Array, "B J L"]) -> Float[Array, "B J D"]:
+        """What the text tower makes of them before its projection, float32; without gradient."""
+        B, J, L = tokens_BJL.shape
+        feature_TD = self.embedder.text_feature(params, as_rows(tokens_BJL, (B * J, L)))
+        feature_BJD = as_rows(feature_TD.astype(jnp.float32), (B, J, feature_TD.shape[-1]))
+        return lax.stop_gradient(feature_BJD)
+
 
 def as_texts(
     tokens_BJL: Int[Array, "B J L"], length: int, prompt: Sequence[int] = ()

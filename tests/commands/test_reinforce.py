@@ -95,6 +95,15 @@ def lines_of(workdir):
     [
         ("self_retrieval", "towers", ()),
         (
+            "cider",
+            "towers",
+            (
+                "--config.rewards.cider_d.on=device",
+                "--config.sampling.num_updates=2",
+                "--config.policy.algorithm=grpo",
+            ),
+        ),
+        (
             "both",
             "others",
             (
@@ -127,6 +136,8 @@ def test_eight_devices_and_rewards_of_ones_own(runs, tmp_path):
     flags = (
         f"--config.rewards.functions.bright={runs}/reward.py",
         "--config.rewards.repetition.weight=0.1",
+        "--config.rewards.grammar.weight=0.1",
+        "--config.lora.rank=2",
         "--config.policy.kl_weight=0",
         "--config.optimizer.learning_rate=1e-4",
         f"--towers={runs}/others",
