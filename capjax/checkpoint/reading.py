@@ -2,8 +2,8 @@
 
 import os
 import sys
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeVar
 
 from etils import epath
 
@@ -28,6 +28,8 @@ from capjax.errors import UserError
 from capjax.training.lora import LORA, merge
 from capjax.training.patterns import nested
 
+Found = TypeVar("Found")
+
 
 class LoadedCheckpoint(NamedTuple):
     """A checkpoint's parameters (nested dict, on one device), and what goes with them.
@@ -50,21 +52,47 @@ def load_params(path: str | os.PathLike) -> LoadedCheckpoint:
     is taken, and damaged newer ones are reported on stderr. The arrays lie on this process's first
     device. Raises `UserError` where nothing good is found.
     """
+    return _newest(path, _load, warn)
+
+
+def read_tokenizer(path: str | os.PathLike) -> tuple[bytes, list[str]]:
+    """(tokenizer, names of the parameters) of the checkpoint that `load_params` would take.
+
+    No array is read. The tokenizer is empty where there is none. Raises as `load_params`.
+    """
+    return _newest(path, _tokenizer_and_names, lambda line: None)
+
+
+def _newest(
+    path: str | os.PathLike, read: Callable[[epath.Path], Found], report: Callable[[str], None]
+) -> Found:
+    """What `read` makes of the newest good checkpoint; it raises `Damage` for one that is not."""
     directory, steps = find_steps(path)
     damaged: dict[int, str] = {}
     for step in reversed(steps):
         try:
-            loaded = _load(step_directory(directory, step))
+            found = read(step_directory(directory, step))
         except Damage as damage:
             damaged[step] = str(damage)
             continue
         for bad_step, problem in damaged.items():
-            warn(
+            report(
                 f"the checkpoint of step {bad_step} in {directory} is damaged ({problem}); "
                 f"step {step} is used instead"
             )
-        return loaded
+        return found
     raise UserError(all_damaged(directory, damaged))
+
+
+def _tokenizer_and_names(directory: epath.Path) -> tuple[bytes, list[str]]:
+    metadata = checked_metadata(directory)
+    names = [n.removeprefix("params/") for n in metadata["arrays"] if n.startswith("params/")]
+    return _tokenizer(directory, metadata), names
+
+
+def _tokenizer(directory: epath.Path, metadata: Metadata) -> bytes:
+    has_tokenizer = TOKENIZER_FILE in metadata["files"]
+    return (directory / TOKENIZER_FILE).read_bytes() if has_tokenizer else b""
 
 
 def _load(directory: epath.Path) -> LoadedCheckpoint:
@@ -74,7 +102,6 @@ def _load(directory: epath.Path) -> LoadedCheckpoint:
     entries = {k: e for k, e in metadata["arrays"].items() if k.startswith(f"{top}/")}
     arrays = read_arrays(directory, on_one_device(entries))
     check_digests(arrays, entries)
-    has_tokenizer = TOKENIZER_FILE in metadata["files"]
     params = nested(arrays)[top]
     if LORA in params:
         lora = metadata["config"]["lora"]
@@ -82,7 +109,7 @@ def _load(directory: epath.Path) -> LoadedCheckpoint:
     return LoadedCheckpoint(
         params=params,
         metadata=metadata,
-        tokenizer_model=(directory / TOKENIZER_FILE).read_bytes() if has_tokenizer else b"",
+        tokenizer_model=_tokenizer(directory, metadata),
         step=metadata["step"],
     )
 

@@ -14,6 +14,7 @@ from capjax.checkpoint import check_disk_space, find_steps
 from capjax.commands.measures import MEASURES, Measures, open_measures
 from capjax.commands.program import build_mesh, build_program, check_counts
 from capjax.commands.settings import from_dataclass_kwargs
+from capjax.commands.warm_tokens import warm_tokenizer
 from capjax.data.augmentation import Augment
 from capjax.data.captions import CaptionChoice
 from capjax.data.images import ImagePreprocessing
@@ -244,16 +245,18 @@ def build_measures(config: ConfigDict, **given: Any) -> Measures:
 
 
 def build_tokenizer(config: ConfigDict, source: Source | None, kept: epath.Path) -> Tokenizer:
-    """The one kept in the workdir, else the file that the config names, else a new one.
+    """The one kept in the workdir, else the file that the config names, else that of `warm_start`.
 
-    A new one is trained on the captions that training can draw. That is deterministic: every
-    process gets the same.
+    That is where the run takes parameters that go by token. Else it is a new one, trained on the
+    captions that training can draw; which is deterministic: every process gets the same.
     """
     settings = config.data.tokenizer
     if kept.exists():
         return Tokenizer.from_bytes(kept.read_bytes())
     if settings.path:
         return Tokenizer.from_file(settings.path)
+    if (theirs := warm_tokenizer(build_warm_start(config))) is not None:
+        return theirs
     if source is None:
         raise UserError(
             "data.tokenizer.path is empty, and synthetic data has no captions to train a "

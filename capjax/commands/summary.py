@@ -13,10 +13,12 @@ from capjax.checkpoint.files import read_metadata
 from capjax.checkpoint.metadata import library_versions
 from capjax.commands.build import Plan
 from capjax.commands.settings import resolved_dict
+from capjax.commands.warm_tokens import BY_TOKEN
 from capjax.errors import UserError
 from capjax.training.loop import TrainSummary
 from capjax.training.lora import LORA
 from capjax.training.progress import process_age_s
+from capjax.training.warm_start import POSITIONS
 
 
 def run_info(plan: Plan) -> RunInfo:
@@ -56,10 +58,6 @@ _TEXT_NUMERICS = ("text_causal", "text_pool", "eos_id", "text_pad_id", "mask_pad
 _PIXELS = ("antialias", "mode", "resample")
 
 
-# Parameters with a row or a column for each token.
-_BY_TOKEN = ("token_embedding/embedding", "head/kernel", "head/bias")
-
-
 def warm_start_changes(plan: Plan, loaded: LoadedCheckpoint, names: list[str]) -> list[str]:
     """Of parameters taken from a checkpoint by `names`: what else they were trained with."""
     has_text = any(name.startswith(("decoder/", "text_encoder/")) for name in names)
@@ -76,16 +74,22 @@ def warm_start_changes(plan: Plan, loaded: LoadedCheckpoint, names: list[str]) -
     pixels = dataclasses.asdict(plan.data.preprocessing)
     before = loaded.metadata["preprocessing"]
     pairs += [(f"preprocessing.{name}", pixels[name], before.get(name)) for name in _PIXELS]
-    return [
+    changes = [
         f"{name}={here!r} here, {there!r} where the parameters come from"
         for name, here, there in pairs
         if None not in (here, there) and here != there
     ]
+    if POSITIONS in names and ours["text_length"] != theirs["text_length"]:
+        here, there = ours["text_length"], theirs["text_length"]
+        others = f", {there} to {here - 1} as drawn" if here > there else ""
+        taken = f"positions 0 to {min(here, there) - 1} are taken{others}"
+        changes.append(f"data.text_length={here} here, {there} there: {taken}")
+    return changes
 
 
 def check_tokens(plan: Plan, loaded: LoadedCheckpoint, names: list[str]) -> None:
     """Raises `UserError` where parameters that go by token come from another tokenizer."""
-    by_token = [name for name in names if name.endswith(_BY_TOKEN)]
+    by_token = [name for name in names if name.endswith(BY_TOKEN)]
     if by_token and loaded.tokenizer_model not in (b"", plan.tokenizer.model_bytes):
         raise UserError(
             f"the warm start takes {', '.join(by_token)}, which a run with another tokenizer "

@@ -213,7 +213,13 @@ def first_state(plan, say):
     if loaded is None:
         return state
     base = merge(state.params, 0.0)
-    params, names = warm_start(base, loaded.params, include=warm.include, exclude=warm.exclude)
+    params, names = warm_start(
+        base,
+        loaded.params,
+        include=warm.include,
+        exclude=warm.exclude,
+        vocab_size=plan.tokenizer.vocab_size,
+    )
     check_tokens(plan, loaded, names)
     say(f"{len(names)} arrays of step {loaded.step} of {warm.path}, such as {names[0]}")
     for change in warm_start_changes(plan, loaded, names):

@@ -5,14 +5,19 @@ import math
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from capjax.dims import Array, Params
 from capjax.errors import UserError
 from capjax.models.resize import resize_position_embedding
+from capjax.models.text_decoder import pad_to_lanes
 from capjax.training.patterns import by_name, matching
 
-RESIZED = "encoder/position_embedding"  # the patches'; a text's is never resized
+RESIZED = "encoder/position_embedding"  # the patches'
+# Of these the first rows count the same in a model of other sizes.
+POSITIONS = "decoder/position_embedding"  # of a caption; they are cut or continued, never resized
+TOKENS = "decoder/token_embedding/embedding"  # a mask token may add a row, and so padding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,18 +36,25 @@ class WarmStart:
 
 
 def warm_start(
-    params: Params, loaded: Params, *, include: Sequence[str] = (), exclude: Sequence[str] = ()
+    params: Params,
+    loaded: Params,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    vocab_size: int = 0,
 ) -> tuple[Params, list[str]]:
     """`params` with the chosen arrays of `loaded` in the place of theirs, and the names of these.
 
     Every array keeps the dtype and the sharding that it has in `params`. The image encoder's
-    position embedding is resized where the grid of patches is another one.
+    position embedding is resized where the grid of patches is another one. For longer captions the
+    decoder's positions beyond those loaded stay as drawn, for shorter ones the first are taken.
 
     Args:
       params: freshly drawn, on the mesh.
       loaded: nested dict of arrays of any kind, each whole on this process.
       include: patterns of what is taken, in `params` or in `loaded`; none: everything.
       exclude: patterns of what is not.
+      vocab_size: tokens of both models, of which one may have a mask token besides; 0: not known.
 
     Raises `UserError` with the whole difference unless exactly what is chosen is in both, in the
     same shapes.
@@ -58,11 +70,14 @@ def warm_start(
         )
     new, shapes = {}, []
     for name in sorted(chosen & here.keys() & there.keys()):
-        x = _fitted(name, np.asarray(there[name]), here[name].shape)
-        if x.shape == here[name].shape:
-            new[name] = _placed(x, here[name])
+        drawn = here[name]
+        x = _resized(name, np.asarray(there[name]), drawn.shape)
+        if x.shape == drawn.shape:
+            new[name] = _placed(x, drawn)
+        elif _may_differ_in_rows(name, x.shape, drawn.shape, vocab_size):
+            new[name] = _with_first_rows(x, drawn)
         else:
-            shapes.append(f"{name} {x.shape} instead of {here[name].shape}")
+            shapes.append(f"{name} {x.shape} instead of {drawn.shape}")
     _check(
         {
             "not in what is loaded": sorted(chosen & here.keys() - there.keys()),
@@ -74,11 +89,28 @@ def warm_start(
     return jax.tree.unflatten(jax.tree.structure(params), leaves), sorted(new)
 
 
-def _fitted(name: str, x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def _resized(name: str, x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     if name != RESIZED or x.ndim != 2 or x.shape[1:] != shape[1:]:
         return x
     old, new = math.isqrt(len(x)), math.isqrt(shape[0])
     return resize_position_embedding(x.astype(np.float32), old, new) if old**2 == len(x) else x
+
+
+def _may_differ_in_rows(
+    name: str, shape: tuple[int, ...], here: tuple[int, ...], vocab_size: int
+) -> bool:
+    if name == TOKENS:
+        rows = {pad_to_lanes(vocab_size), pad_to_lanes(vocab_size + 1)}
+        return vocab_size > 0 and shape[1:] == here[1:] and {shape[0], here[0]} <= rows
+    return name == POSITIONS and shape[1:] == here[1:]
+
+
+def _with_first_rows(x: np.ndarray, drawn: Array) -> Array:
+    """`drawn` with as many rows of `x` in the place of its first as both have."""
+    num_rows = min(len(x), len(drawn))
+    rows, is_taken = np.zeros((2, *drawn.shape), np.float32)
+    rows[:num_rows], is_taken[:num_rows] = x[:num_rows], 1
+    return jnp.where(_placed(is_taken, drawn) > 0, _placed(rows, drawn), drawn)
 
 
 def _placed(x: np.ndarray, like: Array) -> Array:

@@ -41,7 +41,6 @@ def base(tiny_config, tmp_path_factory):
         state = jax.jit(plan.init_state)()
         with Checkpointer(workdir / "checkpoints", run=run_info(plan)) as checkpointer:
             checkpointer.save(0, state, {"examples_seen": 0})
-    (workdir / "tokenizer.model").write_bytes(plan.tokenizer.model_bytes)
     return workdir
 
 
@@ -50,7 +49,6 @@ def run(tiny_config, base, tmp_path_factory):
     """(plan, workdir, the models that were evaluated) of a run that nobody interrupted."""
     config = configured(tiny_config, rank=2, targets=("decoder",), train=("decoder/norm",))
     config.warm_start.path = str(base)
-    config.data.tokenizer.path = str(base / "tokenizer.model")
     workdir = tmp_path_factory.mktemp("lora") / "run"
     return build.build_run(config, str(workdir)), workdir
 

@@ -2,12 +2,16 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import pytest
+from etils import epath
 
-from capjax.checkpoint import LoadedCheckpoint
+from capjax.checkpoint import Checkpointer, LoadedCheckpoint, RunInfo
 from capjax.commands import build, settings
 from capjax.commands.summary import check_tokens, run_info, warm_start_changes
+from capjax.commands.warm_tokens import warm_tokenizer
 from capjax.errors import UserError
+from capjax.training.warm_start import WarmStart
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +47,37 @@ def test_what_the_arrays_do_not_tell_is_said(plan):
         "model.mask_padding=False here, True where the parameters come from",
         f"preprocessing.antialias={here} here, {not here} where the parameters come from",
     ]
+
+
+def test_longer_captions_are_said(plan):
+    names = ["decoder/position_embedding"]
+    assert warm_start_changes(plan, loaded(plan, text_length=6), names) == [
+        "data.text_length=8 here, 6 there: positions 0 to 5 are taken, 6 to 7 as drawn"
+    ]
+    assert warm_start_changes(plan, loaded(plan, text_length=10), names) == [
+        "data.text_length=8 here, 10 there: positions 0 to 7 are taken"
+    ]
+
+
+def test_the_tokenizer_is_that_of_the_rows_that_are_taken(plan, workdir, tiny_config):
+    params = {"encoder": {"norm": jnp.ones(2)}, "decoder": {"head": {"kernel": jnp.ones(2)}}}
+    for step, info in ((1, run_info(plan)), (2, RunInfo())):
+        with Checkpointer(workdir / "checkpoints", run=info) as checkpointer:
+            checkpointer.save(step, {"params": params}, {"examples_seen": 0})
+    first, last = (str(workdir / "checkpoints" / f"{step:08d}") for step in (1, 2))
+    config = settings.load_config(str(tiny_config))
+    config.warm_start.path = first
+    config.data.tokenizer.vocab_size = 330
+    theirs, fresh = plan.tokenizer.fingerprint, epath.Path(workdir) / "fresh"
+    source = plan.source
+    assert build.build_tokenizer(config, source, fresh).fingerprint == theirs
+    assert warm_tokenizer(WarmStart(first, include=("encoder",))) is None
+    assert warm_tokenizer(WarmStart(first, exclude=("decoder/head",))) is None
+    assert warm_tokenizer(WarmStart()) is None
+    with pytest.raises(UserError, match=r"takes decoder/head/kernel, but .*data\.tokenizer\.path"):
+        warm_tokenizer(WarmStart(last))
+    config.warm_start.include = ("encoder",)
+    assert build.build_tokenizer(config, source, fresh).vocab_size == 330
 
 
 def test_rows_of_another_tokenizer_are_refused(plan):

@@ -62,6 +62,40 @@ def test_positions_are_resized_and_arrays_keep_their_place():
         np.testing.assert_array_equal(x, expected[name], err_msg=name)
 
 
+def test_positions_of_longer_captions_go_on_as_drawn_and_of_shorter_ones_stop():
+    longer = Captioner(CaptionerConfig(image_size=8, **ENCODER, **TEXT | {"text_length": 9}))
+    name = "decoder/position_embedding"
+    loaded, short = drawn(CAPTIONER, 1), by_name(drawn(CAPTIONER, 1))[name]
+    with jax.set_mesh(make_mesh(MeshShape(fsdp=4, tensor=2))):
+        fresh = longer.init(jax.random.key(0))
+        params, names = warm_start(fresh, loaded)
+    assert set(names) == set(by_name(fresh))
+    found, was = by_name(params)[name], by_name(fresh)[name]
+    assert found.sharding == was.sharding and found.dtype == was.dtype
+    np.testing.assert_array_equal(found, np.concatenate([short, np.asarray(was)[6:]]))
+    params, _ = warm_start(CAPTIONER.init(jax.random.key(0)), drawn(longer, 1))
+    np.testing.assert_array_equal(by_name(params)[name], by_name(drawn(longer, 1))[name][:6])
+
+
+def test_a_mask_token_more_or_less_changes_no_other_row():
+    """128 tokens fill a block of lanes; with a mask token there are two."""
+    sizes = {"image_size": 8, **ENCODER, **TEXT, "vocab_size": 128}
+    masked, plain = (
+        Captioner(CaptionerConfig(**sizes, mask_token=is_on)) for is_on in (True, False)
+    )
+    for source, target in ((masked, plain), (plain, masked)):
+        fresh, loaded = target.init(jax.random.key(0)), drawn(source, 1)
+        params, names = warm_start(fresh, loaded, vocab_size=128)
+        assert set(names) == set(by_name(fresh))
+        rows, was, theirs = (
+            by_name(x)["decoder/token_embedding/embedding"] for x in (params, fresh, loaded)
+        )
+        np.testing.assert_array_equal(rows[:128], theirs[:128])
+        np.testing.assert_array_equal(rows[128:], was[128:])
+        with pytest.raises(UserError, match=r"token_embedding/embedding \(\d+, 16\) instead of"):
+            warm_start(fresh, loaded, vocab_size=100)
+
+
 def test_weights_of_another_type_are_cast():
     loaded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), drawn(CAPTIONER, 1))
     params, _ = warm_start(CAPTIONER.init(jax.random.key(0)), loaded)
@@ -97,7 +131,10 @@ def test_to_take_nothing_is_an_error():
         warm_start(fresh, fresh, include=("encoder",), exclude=("enc.*",))
 
 
-def test_text_positions_are_never_resized():
-    longer = Captioner(CaptionerConfig(image_size=8, **ENCODER, **TEXT | {"text_length": 9}))
-    with pytest.raises(UserError, match=r"decoder/position_embedding \(6, 16\) instead of \(9, 16"):
-        warm_start(longer.init(jax.random.key(0)), drawn(CAPTIONER, 1))
+def test_positions_of_a_text_encoder_are_neither_resized_nor_continued():
+    """It may pool the last one, or attend to all."""
+    longer = TwoTowers(TwoTowersConfig(image_size=8, **ENCODER, **TEXT | {"text_length": 9}))
+    with pytest.raises(
+        UserError, match=r"text_encoder/position_embedding \(6, 16\) instead of \(9"
+    ):
+        warm_start(longer.init(jax.random.key(0)), drawn(TOWERS, 1))

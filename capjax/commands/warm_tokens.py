@@ -1,0 +1,38 @@
+"""The tokenizer of a run that starts from the parameters of another."""
+
+from capjax.checkpoint import read_tokenizer
+from capjax.data.tokenizer import Tokenizer
+from capjax.errors import UserError
+from capjax.training.patterns import compiled
+from capjax.training.warm_start import WarmStart
+
+# Parameters with a row or a column for each token.
+BY_TOKEN = ("token_embedding/embedding", "head/kernel", "head/bias")
+
+
+def warm_tokenizer(warm: WarmStart) -> Tokenizer | None:
+    """That of the checkpoint a run starts from, where it takes parameters that go by token.
+
+    None where it starts from none, or takes no such parameters. Raises `UserError` where the
+    checkpoint, as one that was converted may, has no tokenizer.
+    """
+    if not warm.path:
+        return None
+    model_bytes, names = read_tokenizer(warm.path)
+    include = [compiled(pattern, "warm_start.include") for pattern in warm.include or (".*",)]
+    exclude = [compiled(pattern, "warm_start.exclude") for pattern in warm.exclude]
+    taken = [
+        name
+        for name in names
+        if name.endswith(BY_TOKEN)
+        and any(pattern.fullmatch(name) for pattern in include)
+        and not any(pattern.fullmatch(name) for pattern in exclude)
+    ]
+    if not taken:
+        return None
+    if not model_bytes:
+        raise UserError(
+            f"the warm start takes {', '.join(taken)}, but {warm.path} has no tokenizer; set "
+            "data.tokenizer.path to the one that they were trained with"
+        )
+    return Tokenizer.from_bytes(model_bytes)
