@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 
 import jax
 import numpy as np
@@ -150,6 +151,28 @@ def test_eight_devices_and_rewards_of_ones_own(runs, tmp_path):
     for one, eight in zip(*found, strict=True):
         for name in ("train/reward_bright", "train/reward", "train/caption_tokens", "train/loss"):
             assert one[name] == pytest.approx(eight[name], rel=1e-3, abs=1e-4), name
+
+
+@pytest.mark.slow
+def test_two_processes_learn_as_one(runs, tmp_path):
+    """With rewards of the host, of which each process computes its own rows'."""
+    flags = (f"--towers={runs}/others", "--config.policy.algorithm=scst", "--config.mesh.fsdp=2")
+    flags += ("--config.optimizer.learning_rate=1e-4", f"--config.evaluate.judge={runs}/towers")
+    one, two = tmp_path / "one", tmp_path / "two"
+    finish(reinforce(runs, one, *flags, arg="both", devices=4))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    together = (*flags, f"--coordinator=127.0.0.1:{port}", "--num_processes=2")
+    jobs = [
+        reinforce(runs, two, *together, f"--process_id={i}", arg="both", devices=2)
+        for i in range(2)
+    ]
+    for job in jobs:
+        finish(job)
+    for line, other in zip(lines_of(one), lines_of(two), strict=True):
+        for name in ("train/reward", "train/reward_cider_d", "train/caption_tokens", "train/loss"):
+            assert line[name] == pytest.approx(other[name], rel=1e-3, abs=1e-4), name
 
 
 @pytest.mark.parametrize(
