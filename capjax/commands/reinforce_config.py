@@ -70,7 +70,7 @@ def reinforce_config() -> ConfigDict:
     # What is watched (see `capjax.rl.alarms`). `action`: "warn", "stop" or "lower_rate".
     config.alarms = ConfigDict(
         {
-            "judge_metric": "caption_to_image_r1",
+            "judge_metric": "rd100_r1",
             "window": 3,
             "min_judge_gain": 0.0,
             "max_kl": 0.0,

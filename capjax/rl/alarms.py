@@ -22,7 +22,8 @@ class Alarms:
     """When to raise an alarm, and what then.
 
     Attributes:
-      judge_metric: of the splits' evaluation, made by a judge that is not the reward.
+      judge_metric: of the splits' evaluation, made by a judge that is not the reward; one that
+        does not depend on how many examples are evaluated, which are more at the end of a run.
       window: evaluations over which the reward must have risen, and the judge not.
       min_judge_gain: a judge that gained no more than this over the window counts as not risen.
       max_kl: nats a caption from the reference; 0: not watched.
@@ -34,7 +35,7 @@ class Alarms:
         every later update by `rate_factor`.
     """
 
-    judge_metric: str = "caption_to_image_r1"
+    judge_metric: str = "rd100_r1"
     window: int = 3
     min_judge_gain: float = 0.0
     max_kl: float = 0.0

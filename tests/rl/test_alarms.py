@@ -5,7 +5,7 @@ import pytest
 from capjax.errors import UserError
 from capjax.rl.alarms import Alarms, Watch
 
-JUDGE = "eval/val/caption_to_image_r1"
+JUDGE = "eval/val/rd100_r1"
 
 
 def run(watch, rewards, judged):
