@@ -4,7 +4,16 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from capjax.reporting.axes import COLOURS, Number, axes_of, figure, polyline
+from capjax.reporting.axes import (
+    BOTTOM,
+    COLOURS,
+    HEIGHT,
+    TOP,
+    Number,
+    axes_of,
+    figure,
+    polyline,
+)
 
 MAX_POINTS = 600  # drawn of one line
 _TIPS = 200  # points of one line that the tooltip knows
@@ -20,13 +29,30 @@ class Series(NamedTuple):
     colour: int | None = None  # None: its place among the lines
 
 
+class Mark(NamedTuple):
+    """Something that happened at `x`, drawn upright; the tooltip says `name` and `text`."""
+
+    x: Number
+    name: str
+    text: str
+    colour: int | None = None  # None: that of what is bad
+
+
 def line_chart(
-    title: str, series: Sequence[Series], *, smooth: float = 0.0, x_label: str = "step"
+    title: str,
+    series: Sequence[Series],
+    *,
+    smooth: float = 0.0,
+    x_label: str = "step",
+    span: tuple[Number, Number] | None = None,
+    marks: Sequence[Mark] = (),
 ) -> str:
     """A `<figure>` with the lines over the step axis, a legend, and the points for the tooltip.
 
     smooth: in [0, 1); above 0 each line is drawn faint, and its debiased exponential moving
       average with this decay in full.
+    span: of x, which is shown whole, so that charts beside each other agree.
+    marks: those within what is shown are drawn.
 
     Returns "" where no line has a finite value.
     """
@@ -37,10 +63,14 @@ def line_chart(
     ]
     if not drawn:
         return ""
-    axes = axes_of(
-        [x for line in drawn for x in line.steps], [y for line in drawn for y in line.values]
-    )
+    xs = [x for line in drawn for x in line.steps] + list(span or ())
+    axes = axes_of(xs, [y for line in drawn for y in line.values])
     parts, tips = axes.grid(x_label), []
+    for mark in marks:
+        if axes.x_low <= mark.x <= axes.x_high:
+            x, _ = axes.place(mark.x, axes.y_high)
+            parts.append(_upright(x, mark.colour))
+            tips.append((mark.name, [[round(x, 1), TOP, mark.text]]))
     for line in drawn:
         colour = f"c{(line.colour or 0) % COLOURS}"
         values = smoothed(line.values, smooth) if smooth else line.values
@@ -75,6 +105,11 @@ def smoothed(values: Sequence[Number], decay: float) -> list[float]:
         weight = decay * weight + (1 - decay)
         out.append(average / weight)
     return out
+
+
+def _upright(x: float, colour: int | None) -> str:
+    classes = "mark" if colour is None else f"mark c{colour % COLOURS}"
+    return f'<path class="{classes}" d="M{x:.1f} {HEIGHT - BOTTOM}V{TOP}m-4-6h8l-4 6z"/>'
 
 
 def _finite(line: Series) -> Series:

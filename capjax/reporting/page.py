@@ -17,6 +17,8 @@ from capjax.errors import UserError
 from capjax.reporting.curves import curves
 from capjax.reporting.gallery import gallery
 from capjax.reporting.metric_names import named
+from capjax.reporting.over_time import samples
+from capjax.reporting.reinforcement import reinforcement
 from capjax.reporting.runs import Run, config_differences, read_runs, splits_of, voices
 from capjax.reporting.tables import (
     Table,
@@ -78,6 +80,8 @@ def write_report(
         skipped_and_notes=skipped_and_notes(runs),
         plots=tradeoff_plots(runs),
         named=named,
+        reinforcement=reinforcement(runs),
+        samples=samples(runs[0], max_images) if len(runs) == 1 else [],
         curves=curves(runs),
         data=gallery(voices(runs), seed=seed, max_images=max_images),
         seed=seed,

@@ -1,4 +1,4 @@
-"""What `capjax train` and `capjax evaluate` left in a workdir, read for a page."""
+"""What `capjax train`, `reinforce` and `evaluate` left in a workdir, read for a page."""
 
 import json
 import math
@@ -11,6 +11,7 @@ import numpy as np
 from capjax.errors import UserError
 from capjax.evaluation.attention import WordMaps
 from capjax.evaluation.measured import Measured, read_measured
+from capjax.evaluation.over_time import read_over_time
 
 # What may be of an earlier checkpoint: the fields of a run, and where their files are.
 _FILES = {
@@ -30,6 +31,8 @@ class Run(NamedTuple):
     evaluations: dict[str, Measured]  # by the name of the file in evaluations/
     captions: dict[str, list[dict[str, Any]]]  # by split
     guided: dict[str, list[dict[str, Any]]]  # by split and scale: "val@2"
+    over_time: dict[str, list[dict[str, Any]]]  # by split: the same images at several steps
+    alarms: list[tuple[int, str]]  # step, what was alarming
     attention: dict[str, dict[str, WordMaps]]  # by split and key
     steps: dict[str, int]  # by split: of the checkpoint that all the above is of, where noted
     left_out: list[str]  # files of another checkpoint than that, with their steps
@@ -67,7 +70,9 @@ def guidance_scale(measured: Measured) -> float | None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; a torn last line (of a run still writing) is left out."""
+    """The lines of a `metrics.jsonl`, or `alarms.jsonl`; a torn one (of a run still writing) is
+    left out.
+    """
     if not path.is_file():
         return []
     lines = []
@@ -147,6 +152,12 @@ def _read_run(path: Path, name: str) -> Run:
         },
         captions=_read_captions(path / "captions"),
         guided=_read_captions(path / "captions" / "guided"),
+        over_time={
+            file.stem: lines
+            for file in sorted(path.glob("captions/over_time/*.jsonl"))
+            if (lines := read_over_time(file))
+        },
+        alarms=_read_alarms(path / "alarms.jsonl"),
         attention={file.stem: _read_attention(file) for file in path.glob("attention/*.json")},
         steps={},
         left_out=[],
@@ -215,6 +226,13 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
                 f"({type(error).__name__}: {error}); caption the split again"
             ) from error
     return records
+
+
+def _read_alarms(path: Path) -> list[tuple[int, str]]:
+    lines = [line for line in read_metrics(path) if "alarm" in line]
+    return [
+        (line["step"], str(line["alarm"]).removeprefix(f"step {line['step']}: ")) for line in lines
+    ]
 
 
 def _read_attention(path: Path) -> dict[str, WordMaps]:

@@ -102,3 +102,53 @@ def make_run() -> Callable[..., Path]:
         return directory
 
     return make
+
+
+@pytest.fixture(scope="session")
+def make_reinforced(make_run) -> Callable[..., Path]:
+    """`make_reinforced(directory, judge=...)` makes such a run one of 40 steps of reinforcement.
+
+    Its rewards are `cider_d` and the user's `colours`; there are two alarms, at steps 3 and 20,
+    and captions of two images at steps 20 and 40.
+    """
+
+    def make(directory: Path, judge: str = "caption_to_image_r1") -> Path:
+        make_run(directory)
+        config = {"name": "a test", "policy": {}, "alarms": {"judge_metric": judge}}
+        (directory / "config.json").write_text(json.dumps(config))
+        names = ("reward", "reward_cider_d", "reward_colours", "reward_std", "kl")
+        names += ("caption_tokens", "repetition", "unfinished")
+        lines = [
+            {"step": step, "wall_s": 3.0 * step} | {f"train/{name}": step / 40 for name in names}
+            for step in range(1, 41)
+        ]
+        lines += [
+            {"step": step, "wall_s": 3.0 * step, f"eval/{split}/{judge}": step / 80}
+            for step in (20, 40)
+            for split in ("concept", "val")
+        ]
+        alarms = [
+            {"step": 3, "alarm": "step 3: captions have <b>9.0</b> tokens, 4.0 at first"},
+            {"step": 20, "alarm": "step 20: 31% of the pairs of tokens in captions are repeated"},
+        ]
+        captions = json_lines(directory / "captions" / "concept.jsonl")[:2]
+        said = [
+            {"step": step, "key": captions[i]["key"], "caption": caption}
+            for step in (20, 40)
+            for i, caption in enumerate((SCRIPT, f"said at {step}"))
+        ]
+        (directory / "captions" / "over_time").mkdir()
+        write_json_lines(directory / "metrics.jsonl", lines)
+        write_json_lines(directory / "alarms.jsonl", alarms)
+        write_json_lines(directory / "captions" / "over_time" / "concept.jsonl", said)
+        return directory
+
+    return make
+
+
+def json_lines(path: Path) -> list:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_json_lines(path: Path, lines: list) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -204,6 +204,32 @@ def test_many_voices_are_told_apart_by_name(tmp_path, make_run, open_page):
     assert page.locator(".tile").count() == 1  # of two: the others were not captioned with guidance
 
 
+def test_rewards_stand_beside_the_judge_and_captions_over_time(
+    tmp_path, make_reinforced, open_page
+):
+    path = write_report([make_reinforced(tmp_path / "run")])
+    page = open_page(path)
+    boxes = [page.locator("#rewards .pairs .plot").nth(i).bounding_box() for i in range(4)]
+    assert boxes[0]["y"] == boxes[1]["y"] and boxes[2]["y"] == boxes[3]["y"]
+    assert boxes[0]["x"] == boxes[2]["x"] < boxes[1]["x"] == boxes[3]["x"]
+    page.locator("#rewards .mark").nth(1).scroll_into_view_if_needed()
+    mark = page.locator("#rewards .mark").nth(1).bounding_box()
+    page.mouse.move(mark["x"] + mark["width"] / 2, mark["y"] + 5)
+    expect(page.locator("#tip")).to_have_text(
+        "alarm: 31% of the pairs of tokens in captions are repeated (step 20)"
+    )
+    images = page.locator("#over-time img")
+    assert images.evaluate_all("all => all.map(image => image.naturalWidth > 0)") == [True] * 2
+    phone = {"viewport": {"width": 390, "height": 800}, "is_mobile": True, "has_touch": True}
+    page = open_page(path, **phone)
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    table = page.locator("#over-time .scroll")
+    table.evaluate("scroller => scroller.scrollLeft = 9999")
+    assert table.evaluate("scroller => scroller.scrollLeft") > 0
+    left = page.locator("#over-time img").first.bounding_box()["x"]
+    assert 0 <= left - table.bounding_box()["x"] < 20  # the picture stays
+
+
 def test_latex_is_copied_or_selected(pages, open_page):
     page = open_page(pages[0])
     page.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
