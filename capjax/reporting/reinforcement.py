@@ -16,8 +16,8 @@ from capjax.reporting.curves import (
 )
 from capjax.reporting.metric_names import named
 from capjax.reporting.runs import Run
+from capjax.rl.alarms import Alarms
 
-JUDGE = "caption_to_image_r1"
 _REWARD, _SPREAD = "train/reward", "reward_std"
 _DIVERGENCE = Chart("Divergence (nats a caption)", {"kl": ""})
 _LENGTH = Chart("Tokens a caption", {"caption_tokens": ""})
@@ -75,7 +75,7 @@ def reinforcement(runs: Sequence[Run]) -> Reinforcement | None:
 
 def _judge(run: Run) -> str:
     """The metric that the run's alarms compare its reward with."""
-    return str((run.config.get("alarms") or {}).get("judge_metric") or JUDGE)
+    return str((run.config.get("alarms") or {}).get("judge_metric") or Alarms.judge_metric)
 
 
 def _span(runs: Sequence[Run], axis: str) -> tuple[int | float, int | float] | None:
