@@ -305,6 +305,6 @@ def build_evaluators(plan: Plan, root: epath.Path, say: Callable[[str], None]) -
         return evaluation.test(of.removeprefix("test_"), model)
 
     return [
-        Evaluator(name, settings.every_steps, functools.partial(run, name))
+        Evaluator(name, settings.every_steps, functools.partial(run, name), plan.stage is not None)
         for name in (*plan.splits, *(f"test_{name}" for name, _ in plan.measures.tests))
     ]

@@ -32,11 +32,15 @@ State = TypeVar("State")
 
 
 class Evaluator(NamedTuple):
-    """`run(state, step)` -> metrics, every so many steps (0: never between) and at the end."""
+    """`run(state, step)` -> metrics, every so many steps (0: never between) and at the end.
+
+    `at_start`: before the first step too, of a run that starts from something.
+    """
 
     name: str
     every_steps: int
     run: Callable[[Any, int], Mapping[str, SupportsFloat]]
+    at_start: bool = False
 
 
 class TrainSummary(NamedTuple):
@@ -122,7 +126,10 @@ def train(
 
     try:
         for step in range(start_step, total_steps + 1):  # `step` updates are in `state`
-            due = [e for e in evaluators if is_due(e.every_steps, step)]
+            is_first = step == start_step == 0
+            due = [
+                e for e in evaluators if is_due(e.every_steps, step) or (e.at_start and is_first)
+            ]
             saving = save if is_due(save_every_steps, step) else None
             tracer.before(step, state)
             if due or saving or step == total_steps:

@@ -288,6 +288,15 @@ def test_the_launch_that_compiles_may_transfer():
     run(train_step=launch, total_steps=1)
 
 
+@pytest.mark.parametrize(("start_step", "expected"), [(0, [0, 4, 6]), (2, [4, 6])])
+def test_an_evaluation_before_the_first_step(start_step, expected):
+    """Of a whole run; one that goes on was evaluated before."""
+    seen = []
+    evaluate = Evaluator("val", 4, lambda state, step: seen.append(step) or {}, at_start=True)
+    run(evaluators=[evaluate], start_step=start_step, total_steps=6)
+    assert seen == expected
+
+
 def test_evaluators_and_saves_may_transfer():
     seen = []
     run(
