@@ -42,12 +42,13 @@ def run(args: argparse.Namespace) -> None:
     with runtime.rarer_collections():
         runtime.start(args)
 
+        from capjax.commands.reinforce_config import reinforce_config
         from capjax.commands.reinforce_plan import build_reinforcement
         from capjax.commands.train import train_run
         from capjax.data.layouts import without_caches
         from capjax.training.workdir import open_workdir
 
         plan = build_reinforcement(config, args.workdir)
-    resolved = settings.resolved_dict(plan.config)
-    with open_workdir(args.workdir, resolved, MAY_CHANGE, without_caches) as workdir:
+    resolved, defaults = (settings.resolved_dict(x) for x in (plan.config, reinforce_config()))
+    with open_workdir(args.workdir, resolved, MAY_CHANGE, without_caches, defaults) as workdir:
         train_run(plan, workdir)

@@ -41,13 +41,14 @@ def run(args: argparse.Namespace) -> None:
         runtime.start(args)
 
         from capjax.commands.build import build_run
+        from capjax.commands.defaults import default_config
         from capjax.data.layouts import without_caches
         from capjax.training.workdir import open_workdir
 
         plan = build_run(config, args.workdir)
     check_schedule(config, args.workdir)
-    resolved = settings.resolved_dict(config)
-    with open_workdir(args.workdir, resolved, MAY_CHANGE, without_caches) as workdir:
+    resolved, defaults = (settings.resolved_dict(x) for x in (config, default_config()))
+    with open_workdir(args.workdir, resolved, MAY_CHANGE, without_caches, defaults) as workdir:
         train_run(plan, workdir)
 
 

@@ -56,15 +56,18 @@ def open_workdir(
     config: Mapping[str, Any],
     may_change: Sequence[str] = (),
     what_counts: Callable[[Any], Any] = lambda value: value,
+    defaults: Mapping[str, Any] | None = None,
 ) -> Workdir:
     """Opens `path` for writing: makes it, or resumes the run that is in it.
 
     `config` is the resolved configuration (nested, JSON values); it is kept in `config.json`. Where
     one is there already, only fields that match a glob of `may_change` ("log_every_steps",
-    "checkpoint.*") may differ, and those of which `what_counts` is equal; their new values are
-    written. Processes other than the first change
-    and check nothing. Raises `UserError` where another process writes here, another field differs,
-    or the path cannot be a workdir; an error leaves no new workdir behind.
+    "checkpoint.*") may differ, those of which `what_counts` is equal, and those that the kept one
+    lacks, because the field is newer than it, and that have their value in `defaults` (nested too);
+    their new values are written. Processes other than the first change and check nothing.
+
+    Raises `UserError` where another process writes here, another field differs, or the path cannot
+    be a workdir; an error leaves no new workdir behind.
     """
     import jax  # only here: who reads a run's files, or writes one, need not wait for it
 
@@ -80,7 +83,9 @@ def open_workdir(
         lock = _take_lock(root)
         is_new = not (root / "config.json").exists()
         changes = (
-            () if is_new else _allowed_changes(root, json.loads(text), may_change, what_counts)
+            ()
+            if is_new
+            else _allowed_changes(root, json.loads(text), may_change, what_counts, defaults or {})
         )
         if is_new or changes:
             write_atomic(root / "config.json", text)
@@ -146,6 +151,7 @@ def _allowed_changes(
     config: dict,
     may_change: Sequence[str],
     what_counts: Callable[[Any], Any],
+    defaults: Mapping[str, Any],
 ) -> tuple[str, ...]:
     """What differs from the kept configuration. Raises `UserError` unless all of it may."""
     try:
@@ -154,11 +160,13 @@ def _allowed_changes(
         message = f"{root / 'config.json'} is damaged ({error}); choose another --workdir"
         raise UserError(message) from error
     changes, before, after = config_changes(kept, config), _flatten(kept), _flatten(config)
+    usual = _flatten(defaults)
     refused = [
         f"{field}: {change}"
         for field, change in changes.items()
         if not any(fnmatch.fnmatchcase(field, pattern) for pattern in may_change)
-        and what_counts(before.get(field, _ABSENT)) != what_counts(after.get(field, _ABSENT))
+        and what_counts(before.get(field, usual.get(field, _ABSENT)))
+        != what_counts(after.get(field, _ABSENT))
     ]
     if refused:
         raise UserError(

@@ -69,6 +69,19 @@ def test_other_fields_are_refused_with_the_difference(workdir):
     assert (workdir / "config.json").read_bytes() == before
 
 
+def test_a_field_that_is_newer_than_the_run_may_have_its_default(workdir):
+    open_workdir(workdir, CONFIG).close()
+    defaults = {"lora": {"rank": 0, "targets": ("a",)}, "seed": 0}
+    new = CONFIG | {"lora": {"rank": 0, "targets": ("a",)}}
+    with pytest.raises(UserError, match=r"lora.rank: absent -> 0"):
+        open_workdir(workdir, new)
+    with pytest.raises(UserError, match=r"lora.rank: absent -> 8"):
+        open_workdir(workdir, new | {"lora": {"rank": 8, "targets": ("a",)}}, defaults=defaults)
+    with open_workdir(workdir, new, defaults=defaults) as opened:
+        assert len(opened.changes) == 2
+    assert json.loads((workdir / "config.json").read_text())["lora"]["rank"] == 0
+
+
 def test_config_changes_between_numbers_groups_and_absent_fields():
     old = {"a": 1, "b": {"c": 1, "d": [1, 2]}, "e": None, "f": {}}
     new = {"a": 1.0, "b": {"c": 2, "d": (1, 2)}, "g": {"h": "x"}}
