@@ -56,14 +56,20 @@ class Stage(NamedTuple):
     batches: (plan, first example, what is told of bad records) -> what `place` takes.
     place: puts a batch on the devices.
     compile: () -> the step, (state, placed batch) -> (state, metrics), compiled.
+    prepare: called once, by the main thread of every process, before anything compiles.
     writers: what gets the metrics beside their files, in every process.
+    settled: the state as it is to be saved.
+    stop: asked between steps why to stop; "" goes on.
     close: called when the run ends, in whatever way.
     """
 
     batches: Callable[..., Iterator[Any]]
     place: Callable[[Any], Any]
     compile: Callable[[], Callable]
+    prepare: Callable[[Callable[[str], None]], None]
     writers: tuple[Any, ...] = ()
+    settled: Callable[[Any], Any] = lambda state: state
+    stop: Callable[[], str] = lambda: ""
     close: Callable[[], None] = lambda: None
 
 

@@ -44,11 +44,12 @@ def run(args: argparse.Namespace) -> None:
 
         from capjax.commands.reinforce_config import reinforce_config
         from capjax.commands.reinforce_plan import build_reinforcement
-        from capjax.commands.train import train_run
+        from capjax.commands.train import check_schedule, train_run
         from capjax.data.layouts import without_caches
         from capjax.training.workdir import open_workdir
 
         plan = build_reinforcement(config, args.workdir)
+    check_schedule(plan.config, args.workdir)
     resolved, defaults = (settings.resolved_dict(x) for x in (plan.config, reinforce_config()))
     with open_workdir(args.workdir, resolved, MAY_CHANGE, without_caches, defaults) as workdir:
         train_run(plan, workdir)

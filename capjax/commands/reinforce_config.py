@@ -4,9 +4,6 @@ from ml_collections import ConfigDict
 
 from capjax.commands.defaults import default_config
 
-# Taken from the checkpoint that the run starts from, so no fields of the config.
-FROM_CHECKPOINT = ("model", "preprocessing", "data.text_length", "data.tokenizer")
-
 
 def reinforce_config() -> ConfigDict:
     """The config that reinforcement configs start from: leave-one-out, and no reward yet.

@@ -1,9 +1,9 @@
 """What rewards need from the host: arrays by image, texts, and the host's own rewards."""
 
 import runpy
+from collections import Counter
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -12,13 +12,16 @@ from etils import epath
 from capjax.data.batches import Batches
 from capjax.data.captions import CaptionChoice, clean_text, reference_texts
 from capjax.data.curriculum import source_keys
+from capjax.data.mixture import Mixture
 from capjax.data.records import CorruptRecord
 from capjax.data.sources import Source
 from capjax.data.tokenizer import EOS_ID, PAD_ID, Tokenizer
+from capjax.decoding.load import load
 from capjax.decoding.loaded_model import LoadedModel
 from capjax.dims import Params
 from capjax.errors import UserError
 from capjax.evaluation.features import frozen_features
+from capjax.mesh import MeshShape, make_mesh
 from capjax.rewards.consensus_device import NgramTable, ngram_table
 from capjax.rewards.consensus_reward import ConsensusReward
 from capjax.rewards.grammar import read_grammar_head, write_grammar_head
@@ -34,7 +37,8 @@ from capjax.rl.reward_terms import (
 )
 
 Rows = dict[str, np.ndarray]
-MAX_REFERENCES = 5
+MAX_REFERENCES = 5  # of an image, on the device
+NO_CAPTION = "rewards.cider_d: no example of data.source has a caption of captions.sources"
 
 
 def references_of(source: Source, choice: CaptionChoice) -> list[list[str]]:
@@ -42,7 +46,8 @@ def references_of(source: Source, choice: CaptionChoice) -> list[list[str]]:
 
     def texts(index: int) -> list[str]:
         try:
-            return reference_texts(source[index], choice)
+            dataset = source.name_at(index) if isinstance(source, Mixture) else ""
+            return reference_texts(source[index], choice.of(dataset))
         except CorruptRecord:
             return []
 
@@ -75,8 +80,10 @@ class ImageArrays:
         self.ngrams: NgramTable | None = None
         if "cider_d" in rewards.used and rewards.cider_d.on == "device":
             labels = [_labels(tokenizer, captions, text_length) for captions in references()]
-            self._label_NRL = np.stack(labels)
-            self.ngrams = ngram_table([image[image[:, 0] != PAD_ID] for image in labels])
+            known = [image[image[:, 0] != PAD_ID] for image in labels if image.any()]
+            if not known:
+                raise UserError(NO_CAPTION)
+            self._label_NRL, self.ngrams = np.stack(labels), ngram_table(known)
         if towers is None:
             return
         self._image_ND = _embedded(towers, opened, directory, batch_size)
@@ -125,8 +132,9 @@ def _embedded(
     )
     if not found.unreadable:
         return found.values
-    row_of = {key: row for row, key in enumerate(source_keys(opened[1]))}
-    if len(row_of) < len(opened[1]):
+    keys = source_keys(opened[1])
+    row_of, counts = {key: row for row, key in enumerate(keys)}, Counter(keys)
+    if any(counts[key] > 1 for key in found.keys):
         raise UserError(
             f"{opened[0]}: {found.unreadable} images cannot be read, and keys occur twice, so that "
             "which they are is not known; mend the source"
@@ -189,20 +197,27 @@ def load_function(name: str, file: str) -> Callable:
 
 
 def grammar_head(
-    head: str, towers: LoadedModel, references: list[list[str]], kept: epath.Path, prompt: str
+    head: str,
+    towers_path: str,
+    references: Callable[[], list[list[str]]],
+    kept: epath.Path,
+    prompt: str,
 ) -> Params:
     """The head of the file `head`; without one, that of `kept`, which is trained first if need be.
 
     It learns from the references, and from the same captions broken (Cho et al. 2022); the first
     process writes it. Raises `UserError` where the file is no head for these towers.
     """
-    width = towers.text_features(["a"]).shape[1]
-    if head or kept.exists():
-        return read_grammar_head(str(head or kept), width)
-    texts = [text for captions in references for text in captions]
-    params, found = fit_grammar_head(
-        lambda texts: towers.text_features([prompt + text for text in texts], 256), texts
-    )
+    # On this process's devices: every process makes the same head.
+    towers = load(towers_path).on_mesh(make_mesh(MeshShape(), devices=jax.local_devices()[:1]))
+    with jax.set_mesh(towers.mesh):
+        width = towers.text_features(["a"]).shape[1]
+        if head or kept.exists():
+            return read_grammar_head(str(head or kept), width)
+        texts = [text for captions in references() for text in captions]
+        params, found = fit_grammar_head(
+            lambda texts: towers.text_features([prompt + text for text in texts], 256), texts
+        )
     if jax.process_index() == 0:
         shown = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
         print(f"trained a grammar head: {shown}", flush=True)
@@ -234,7 +249,7 @@ class HostScores:
         if "cider_d" in rewards.on_host:
             known = [captions for captions in references if captions]
             if not known:
-                raise UserError("rewards.cider_d: no example of data.source has a caption")
+                raise UserError(NO_CAPTION)
             self._consensus = ConsensusReward.train(known)
 
     def __call__(self, rows: Rows, tokens_bJL: np.ndarray) -> Rows:
@@ -249,7 +264,7 @@ class HostScores:
             is_ended_bJ = (tokens_bJL == EOS_ID).any(2)
             given[f"{HOST}cider_d"] = self._consensus(texts, known, is_ended_bJ)
         for name, function in self._functions.items():
-            given[HOST + name] = _checked(name, function(rows["image"], texts, known), tokens_bJL)
+            given[HOST + name] = _called(name, function, rows["image"], texts, known)
         if self._towers is not None:
             given[TOWER_TOKENS] = np.stack(
                 [tower_texts(self._towers, captions, self._prompt) for captions in texts]
@@ -257,12 +272,24 @@ class HostScores:
         return given
 
 
-def _checked(name: str, found: Any, tokens_bJL: np.ndarray) -> np.ndarray:
-    value = np.asarray(found, np.float32)
-    if value.shape != tokens_bJL.shape[:2] or not np.isfinite(value).all():
+def _called(
+    name: str,
+    function: Callable,
+    images: np.ndarray,
+    texts: list[list[str]],
+    references: list[list[str]],
+) -> np.ndarray:
+    """float32 [b, J]. Raises `UserError` for what it raises, or gives in another shape."""
+    shape = len(texts), len(texts[0])
+    try:
+        value = np.asarray(function(images, texts, references), np.float32)
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"rewards.functions.{name} raised {what}") from error
+    if value.shape != shape or not np.isfinite(value).all():
         raise UserError(
-            f"rewards.functions.{name} gave {value.shape}, expected finite numbers of shape "
-            f"{tokens_bJL.shape[:2]}: one for each caption of each image"
+            f"rewards.functions.{name} gave shape {value.shape}, expected finite numbers of shape "
+            f"{shape}: one for each caption of each image"
         )
     return value
 

@@ -18,16 +18,20 @@ from capjax.checkpoint import check_disk_space
 from capjax.commands import build
 from capjax.commands.build import Plan, Stage
 from capjax.commands.program import Adapted, adapt, build_optimizer
-from capjax.commands.reinforce_alarms import AlarmWriter, lowering
+from capjax.commands.reinforce_alarms import AlarmWriter
 from capjax.commands.reinforce_data import (
     HostScores,
     ImageArrays,
     grammar_head,
     load_function,
-    references_of,
     with_arrays,
 )
-from capjax.commands.reinforce_parts import Parts, open_parts
+from capjax.commands.reinforce_parts import (
+    Parts,
+    check_beginnings,
+    open_parts,
+    write_beginnings,
+)
 from capjax.commands.settings import from_dataclass_kwargs
 from capjax.data.augmentation import Augment
 from capjax.data.pipeline import train_batches
@@ -50,8 +54,9 @@ def build_reinforcement(config: ConfigDict, workdir: str) -> Plan:
 
     Raises `UserError`.
     """
-    parts = open_parts(config)
     root = epath.Path(workdir).expanduser()
+    parts = open_parts(config)
+    check_beginnings(parts, root)
     config = parts.config
     augment = from_dataclass_kwargs(Augment, config.augment, "augment")
     towers = Towers(captioner=parts.model)
@@ -97,6 +102,7 @@ def _durations(parts: Parts) -> tuple[OptimizerConfig, int]:
     updates = parts.sampling.num_updates
     optimizer = dataclasses.replace(
         optimizer,
+        timescale=optimizer.timescale * updates,
         warmup_steps=optimizer.warmup_steps * updates,
         cooldown_steps=optimizer.cooldown_steps * updates,
     )
@@ -148,7 +154,7 @@ def _host_scores(parts: Parts) -> HostScores | None:
     return HostScores(
         parts.rewards,
         parts.base.tokenizer,
-        references_of(parts.source, parts.data.captions),
+        parts.references() if parts.rewards.on_host else [],
         functions,
         parts.reward_towers if reads_text else None,
         parts.config.rewards.prompt,
@@ -196,6 +202,7 @@ class _Program:
         self._parts, self._step, self._abstract_state = parts, step, abstract_state
         self._augment, self._score, self._root = augment, score, root
         self._alarms = AlarmWriter(parts.alarms, root)
+        self._frozen: dict[str, Any] = {}
         self._host = None
         if score is not None:
             self._host = HostStep(score, functools.partial(place_batch, parts.mesh))
@@ -207,9 +214,25 @@ class _Program:
             batches=self._batches,
             place=host.place if host else functools.partial(place_batch, self._parts.mesh),
             compile=self._compiled,
+            prepare=self._prepare,
             writers=(self._alarms,),
+            settled=self._alarms.settled,
+            stop=self._alarms.stop,
             close=host.close if host else lambda: None,
         )
+
+    def _prepare(self, say: Callable[[str], None]) -> None:
+        """What talks to other processes, in an order of its own: images embedded, parameters laid
+        out on the mesh, and what they are written down."""
+        parts = self._parts
+        if jax.process_index() == 0:
+            write_beginnings(parts, self._root)
+            if parts.measures.judge is None:
+                say("no evaluate.judge: nothing will tell whether the reward is hacked")
+        self._frozen = self._opened()
+        self._arrays.shapes()
+        # The mesh has its copy, where one is needed.
+        self._parts = parts._replace(base=dataclasses.replace(parts.base, params={}))
 
     @functools.cached_property
     def _arrays(self) -> ImageArrays:
@@ -218,7 +241,7 @@ class _Program:
             parts.rewards,
             parts.reward_towers,
             (parts.config.data.source or "mixture", parts.source),
-            lambda: references_of(parts.source, parts.data.captions),
+            parts.references,
             directory=self._root / "features",
             batch_size=parts.config.rewards.batch_size,
             prompt=parts.config.rewards.prompt,
@@ -251,12 +274,12 @@ class _Program:
 
     def _compiled(self) -> Callable:
         """Compiles, with the mesh set, and gives the step of the loop."""
-        frozen = self._frozen()
+        frozen = self._frozen
         batch = self._types(self._batch_shapes())
         if self._host is None:
             whole = jax.jit(self._step.whole, donate_argnums=0)
             program = whole.lower(self._abstract_state, frozen, batch).compile()
-            return lowering(lambda state, placed: program(state, frozen, placed), self._alarms)
+            return self._alarms.lowering(lambda state, placed: program(state, frozen, placed))
         policy = self._abstract_state._replace(ahead=None)
         sampled = jax.jit(self._step.sampled).lower(policy, batch).compile()
         captions = jax.eval_shape(self._step.sampled, policy, batch)
@@ -265,9 +288,9 @@ class _Program:
             policy, frozen, batch, captions, self._types(self._given_shapes())
         ).compile()
         self._host.programs = Programs(sampled, learned, frozen)
-        return lowering(self._host, self._alarms)
+        return self._alarms.lowering(self._host)
 
-    def _frozen(self) -> dict[str, Any]:
+    def _opened(self) -> dict[str, Any]:
         """Parameters that do not train, on the mesh."""
         parts, frozen = self._parts, {}
         if _has_copy(parts):
@@ -279,8 +302,8 @@ class _Program:
         if "grammar" in parts.rewards.used and parts.reward_towers is not None:
             head = grammar_head(
                 parts.rewards.grammar.head,
-                parts.reward_towers,
-                references_of(parts.source, parts.data.captions),
+                parts.config.rewards.towers,
+                parts.references,
                 self._root / "grammar_head.npz",
                 parts.config.rewards.prompt,
             )

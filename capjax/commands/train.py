@@ -102,6 +102,7 @@ def train_run(plan, workdir) -> None:
             write_atomic(root / "tokenizer.model", plan.tokenizer.model_bytes)
         if plan.stage is not None:
             stack.callback(plan.stage.close)
+            plan.stage.prepare(progress.say)
         train_step = compiled_ahead(plan, root, stack)
         checkpointer = stack.enter_context(
             Checkpointer(
@@ -137,7 +138,8 @@ def train_run(plan, workdir) -> None:
             stack.callback(writer.close)
 
         def save(step, state) -> None:
-            checkpointer.save(step, state, {"examples_seen": step * config.batch_size})
+            settled = plan.stage.settled(state) if plan.stage else state
+            checkpointer.save(step, settled, {"examples_seen": step * config.batch_size})
 
         progress.say(summary.describe(plan))
         _, totals = train(
@@ -158,6 +160,7 @@ def train_run(plan, workdir) -> None:
             tracer=Tracer(root / "profile", **config.profile),
             flops_per_image=0.0 if plan.stage else plan.towers.flops_per_example(),
             host_metrics=lambda step: bad.metrics(step * config.batch_size),
+            stop=plan.stage.stop if plan.stage else lambda: "",
         )
         bad_counts = bad.count(plan.total_steps * config.batch_size)
         checkpointer.wait()

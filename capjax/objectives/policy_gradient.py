@@ -103,7 +103,7 @@ class PolicyGradient:
 
     baseline: str = "leave_one_out"
     scale_by_std: bool = False
-    std_floor: float = 1e-6
+    std_floor: float = 1e-3
     whiten: bool = False
     clip_low: float = 0.0
     clip_high: float = 0.0
@@ -131,6 +131,12 @@ class PolicyGradient:
             value = getattr(self, field.name)
             if field.type is float and not 0 <= value < math.inf:
                 raise UserError(f"policy.{field.name}={value}: expected 0 or more")
+        if self.scale_by_std and self.baseline not in ("leave_one_out", "group_mean"):
+            raise UserError(
+                f"policy.scale_by_std with policy.baseline={self.baseline!r}: where an image's "
+                "captions are equally good their deviation is 0 and the advantage is not; take "
+                "group_mean, or policy.whiten"
+            )
         if self.clip_low >= 1:
             raise UserError(f"policy.clip_low={self.clip_low}: expected less than 1")
         if self.is_clipped and not (self.clip_low and self.clip_high):

@@ -100,11 +100,13 @@ class Watch:
         """Compares the judge and the mean of recent rewards with those `window` evaluations ago."""
         points, window = self._points[name], self._alarms.window
         recent = self._rewards[-RECENT:]
-        points.append((sum(recent) / max(1, len(recent)), value))
-        if len(points) <= window or not recent:
+        # Before the first step there is no reward to compare with.
+        points.append((sum(recent) / len(recent) if recent else math.nan, value))
+        if len(points) <= window:
             return ""
         (reward_then, judge_then), (reward_now, judge_now) = points[-1 - window], points[-1]
-        if reward_now <= reward_then or judge_now > judge_then + self._alarms.min_judge_gain:
+        has_risen = reward_now > reward_then
+        if not has_risen or judge_now > judge_then + self._alarms.min_judge_gain:
             return ""
         return (
             f"the reward rose from {reward_then:.4g} to {reward_now:.4g} in {window} evaluations, "

@@ -9,17 +9,19 @@ Letters beyond `capjax.dims`: J captions of an image, R references.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+
+from etils import epath
 
 from capjax.data.tokenizer import PAD_ID
 from capjax.dims import Array, Batch
 from capjax.errors import UserError
-from capjax.rewards.clip_score import clip_score_reward, ref_clip_score_reward
+from capjax.rewards.clip_score import DEFINITIONS, clip_score_reward, ref_clip_score_reward
 from capjax.rewards.consensus_device import cider_d
 from capjax.rewards.grammar import grammar_score
 from capjax.rewards.normalize import KINDS
-from capjax.rewards.self_retrieval import self_retrieval
+from capjax.rewards.self_retrieval import FORMS, self_retrieval
 from capjax.rewards.text_shape import length_penalty, repetition_penalty
 from capjax.rl.step import Reward
 from capjax.rl.towers import RewardTowers, as_texts
@@ -31,6 +33,11 @@ TOWER_REFERENCES = "tower_references"  # [B, R, T] ids, in the batch; all PAD wh
 REFERENCES = "references"  # [B, R, L] of the captioner's ids, in the batch; likewise
 TOWER_TOKENS = "tower_tokens"  # [B, J, T] ids, given
 HOST = "host_"  # [B, J], given: a reward of the host
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise UserError(f"rewards.{name}={value!r}: choose {' or '.join(choices)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,6 +70,16 @@ class SelfRetrieval(_Weighed):
     scale: float = 0.0
     num_negatives: int = 0
 
+    def __post_init__(self):
+        super().__post_init__()
+        _check_choice("self_retrieval.form", self.form, FORMS)
+        _check_choice("self_retrieval.among", self.among, ("batch", "bag"))
+        if self.scale < 0 or self.num_negatives < 0:
+            raise UserError(
+                f"rewards.self_retrieval: scale={self.scale}, num_negatives={self.num_negatives}: "
+                "expected 0 or more"
+            )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClipScore(_Weighed):
@@ -75,6 +92,10 @@ class RefClipScore(_Weighed):
 
     definition: str = "hessel"
 
+    def __post_init__(self):
+        super().__post_init__()
+        _check_choice("ref_clip_score.definition", self.definition, DEFINITIONS)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CiderD(_Weighed):
@@ -85,6 +106,10 @@ class CiderD(_Weighed):
 
     on: str = "host"
 
+    def __post_init__(self):
+        super().__post_init__()
+        _check_choice("cider_d.on", self.on, ("host", "device"))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Grammar(_Weighed):
@@ -94,6 +119,11 @@ class Grammar(_Weighed):
     """
 
     head: str = ""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.head and not epath.Path(self.head).exists():
+            raise UserError(f"rewards.grammar.head={self.head}: there is no such file")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,6 +141,8 @@ class Length(_Weighed):
                 f"rewards.length.shortest={self.shortest}, longest={self.longest}: set the range "
                 "of tokens that is as good as any"
             )
+        if not self.tolerance > 0:
+            raise UserError(f"rewards.length.tolerance={self.tolerance}: expected more than 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,6 +150,11 @@ class Repetition(_Weighed):
     """Minus the share of n-grams of `order` tokens that the caption has had before."""
 
     order: int = 2
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.order < 1:
+            raise UserError(f"rewards.repetition.order={self.order}: expected at least 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,12 +183,6 @@ class Rewards:
             raise UserError(
                 "rewards: every weight is 0; set one, such as rewards.self_retrieval.weight=1"
             )
-        for name, choices, value in (
-            ("self_retrieval.among", ("batch", "bag"), self.self_retrieval.among),
-            ("cider_d.on", ("host", "device"), self.cider_d.on),
-        ):
-            if value not in choices:
-                raise UserError(f"rewards.{name}={value!r}: choose {' or '.join(choices)}")
         for name, term in self.functions.items():
             if not term.file:
                 raise UserError(

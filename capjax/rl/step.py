@@ -67,6 +67,11 @@ class Sampling:
 
 def check_policy(policy: PolicyGradient, sampling: Sampling) -> None:
     """Raises `UserError` where the two do not go together."""
+    if policy.baseline == "greedy" and sampling.temperature == 0:
+        raise UserError(
+            "policy.baseline='greedy' with sampling.temperature=0 compares a caption with itself; "
+            "take running_mean, or a temperature"
+        )
     compares = policy.baseline in ("leave_one_out", "group_mean") or policy.scale_by_std
     if sampling.num_samples < 2 and (compares or policy.preference_weight):
         raise UserError(
@@ -173,7 +178,7 @@ def make_step(
     ) -> tuple[ReinforceState, Metrics]:
         K, mask_B, learner = sampling.num_samples, batch["mask"], state.learner
         tokens_BKL, behaviour_BKL = (x[:, :K] for x in captions)
-        total_BJ, metrics, plain_BJ = _sum(rewards, frozen, batch, captions.tokens_BKL, given)
+        total_BJ, metrics, plain_BK = _sum(rewards, frozen, batch, captions.tokens_BKL, given, K)
         reference_BKL = None
         if policy.has_reference:
             params = reference_params(state.params, frozen)
@@ -207,7 +212,7 @@ def make_step(
             train = train._replace(params=_scaled(state.params, train.params, learner.rate_scale))
             metrics["rate_scale"] = learner.rate_scale
         valid_BK = jnp.broadcast_to(mask_B[:, None], reward_BK.shape)
-        metrics |= _reward_metrics(plain_BJ[:, :K], advantage_BK, tokens_BKL, valid_BK)
+        metrics |= _reward_metrics(plain_BK, advantage_BK, tokens_BKL, valid_BK)
         learner = _next_learner(learner, reward_BK, valid_BK, update_metrics, policy)
         if policy.kl_target:
             metrics["kl_weight"] = state.learner.kl_weight
@@ -224,18 +229,28 @@ def make_step(
 
 
 def _sum(
-    rewards: Sequence[Reward], frozen: Any, batch: Batch, tokens_BJL: Array, given: Batch
+    rewards: Sequence[Reward],
+    frozen: Any,
+    batch: Batch,
+    tokens_BJL: Array,
+    given: Batch,
+    num_samples: int,
 ) -> tuple[Array, Metrics, Array]:
-    """(the sum to learn from, the means of each reward, the sum as it is)."""
-    total_BJ = plain_BJ = jnp.zeros_like(tokens_BJL[:, :, 0], jnp.float32)
+    """(the sum to learn from, the means of each reward, the sum as it is).
+
+    The last two are of the `num_samples` captions that were sampled, not of the greedy one.
+    """
+    total_BJ = jnp.zeros_like(tokens_BJL[:, :, 0], jnp.float32)
+    plain_BK = total_BJ[:, :num_samples]
     metrics = {}
     for reward in rewards:
         value_BJ = reward.compute(frozen, batch, tokens_BJL, given)
-        valid_BJ = jnp.broadcast_to(batch["mask"][:, None], value_BJ.shape)
-        metrics[f"reward_{reward.name}"] = _mean(value_BJ, valid_BJ)
-        plain_BJ += reward.weight * value_BJ
+        value_BK = value_BJ[:, :num_samples]
+        valid_BK = jnp.broadcast_to(batch["mask"][:, None], value_BK.shape)
+        metrics[f"reward_{reward.name}"] = _mean(value_BK, valid_BK)
+        plain_BK += reward.weight * value_BK
         total_BJ += reward.weight * normalize(value_BJ, reward.normalize, batch["mask"])
-    return lax.stop_gradient(total_BJ), metrics, plain_BJ
+    return lax.stop_gradient(total_BJ), metrics, plain_BK
 
 
 def _updates(update: Callable, state: ReinforceState, made: Batch, num_updates: int):

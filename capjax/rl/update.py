@@ -59,6 +59,8 @@ def experience(
     if policy.likelihood_weight:
         is_used = batch["mask"].reshape(-1, *(1,) * (batch["tokens"].ndim - 1))
         made["tokens"] = jnp.where(is_used, batch["tokens"], PAD_ID)
+        share = jnp.maximum(jnp.mean(batch["mask"], dtype=jnp.float32), 1e-9)
+        made["likelihood_scale"] = jnp.zeros_like(made["kl_weight"]) + 1 / share
     return made
 
 
@@ -101,6 +103,7 @@ def policy_loss(
             metrics["entropy"] = masked_mean(entropy_BKL, mask_BKL)
         if policy.likelihood_weight:
             value, _ = captioning_rows(model, params, memory_BPD, batch, key, parallel_fraction=0.0)
+            value *= jnp.mean(batch["likelihood_scale"])  # rows that fill the batch count as 0
             loss += policy.likelihood_weight * value
             metrics["likelihood_loss"] = value
         return loss, metrics

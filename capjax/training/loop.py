@@ -59,6 +59,10 @@ class TrainSummary(NamedTuple):
     peak_rss_bytes: int
 
 
+class Stopped(UserError):  # noqa: N818  (what happened)
+    """Training was asked to stop; its state of that moment is kept."""
+
+
 class NonFiniteLoss(UserError):  # noqa: N818  (what happened, not a slip of the program)
     """The loss or a gradient is not finite after `step`; `saved_step` is the last one kept."""
 
@@ -91,6 +95,7 @@ def train(
     tracer: Tracer | None = None,
     flops_per_image: float = 0.0,
     host_metrics: Callable[[int], Mapping[str, SupportsFloat]] = lambda step: {},
+    stop: Callable[[], str] = lambda: "",
 ) -> tuple[State, TrainSummary]:
     """Trains from `start_step` updates to `total_steps`; returns the state and a summary.
 
@@ -109,6 +114,9 @@ def train(
       flops_per_image: FLOPs of the model, forward and backward.
       host_metrics: step -> more metrics, asked for whenever `train/...` is written, in every
         process alike.
+
+      stop: asked between steps, in every process alike, why to stop; "" goes on. The state is saved
+        before `Stopped` is raised.
 
     Raises `NonFiniteLoss` naming the step, with what was saved before it kept. The part between
     evaluations runs under `transfer_guard("disallow")`: implicit transfers are errors there, but
@@ -132,13 +140,20 @@ def train(
             ]
             saving = save if is_due(save_every_steps, step) else None
             tracer.before(step, state)
-            if due or saving or step == total_steps:
+            if due or saving or step == total_steps or stop():
                 log.read_late()
             with clock.paused():
                 for evaluator in due:
                     log.evaluated(step, evaluator, state)
+                reason = stop() if step < total_steps else ""
+                if reason:
+                    log.read_late()
+                saving = saving or (save if reason and step > start_step else None)
                 if saving:
                     log.saved(step, saving, state)
+            if reason:
+                wait_for_saves()
+                raise Stopped(reason)
             if step == total_steps:
                 break
             with jax.transfer_guard("disallow"):

@@ -158,6 +158,7 @@ def test_two_processes_learn_as_one(runs, tmp_path):
     """With rewards of the host, of which each process computes its own rows'."""
     flags = (f"--towers={runs}/others", "--config.policy.algorithm=scst", "--config.mesh.fsdp=2")
     flags += ("--config.optimizer.learning_rate=1e-4", f"--config.evaluate.judge={runs}/towers")
+    flags += ("--config.rewards.grammar.weight=0.1",)
     one, two = tmp_path / "one", tmp_path / "two"
     finish(reinforce(runs, one, *flags, arg="both", devices=4))
     with socket.socket() as free:
@@ -184,6 +185,8 @@ def test_two_processes_learn_as_one(runs, tmp_path):
         (("--config.rewards.self_retrieval.among=bags",), "rewards.self_retrieval.among='bags'"),
         (("--config.rewards.length.weight=1",), "rewards.length.shortest"),
         (("--config.rewards.functions.length=reward.py",), "a reward has that name"),
+        (("--config.rewards.self_retrieval.form=logg",), "rewards.self_retrieval.form='logg'"),
+        (("--config.rewards.grammar.head=no.npz",), "there is no such file"),
     ],
 )
 def test_what_makes_no_sense_is_refused(flags, words):
@@ -210,5 +213,7 @@ def test_what_is_missing_or_the_same_is_refused(runs, tmp_path):
     assert "needs a captioner" in refused(*base, f"--checkpoint={runs}/towers")
     judged = (f"--towers={runs}/towers", f"--config.evaluate.judge={runs}/towers")
     assert "judges nothing" in refused(*with_captioner, *judged)
+    long = (f"--towers={runs}/towers", "--config.sampling.max_length=9")
+    assert "sampling.max_length=9" in refused(*with_captioner, *long)
     train = ("train", f"--config={runs}/tiny.py", f"--workdir={tmp_path}/run")
     assert "capjax reinforce" in refused(*train)

@@ -71,7 +71,7 @@ def test_whitened_advantages_leave_out_what_fills_the_batch():
 
 def test_a_floor_keeps_near_ties_small():
     rewards = jnp.array([[1.0, 1.0 + 1e-4]])
-    free = advantages(rewards, ONE, policy("grpo"))
+    free = advantages(rewards, ONE, policy("grpo", std_floor=0.0))
     held = advantages(rewards, ONE, policy("grpo", std_floor=0.1))
     assert abs(free).max() > 0.5 and abs(held).max() < 1e-3
 
@@ -167,6 +167,7 @@ def test_the_weight_of_the_divergence_moves_towards_its_target():
         ({"kl_weight": 0.1, "kl_estimator": "k1"}, "kl_in_reward"),
         ({"kl_target": 1.0}, "kl_weight"),
         ({"entropy_weight": -1.0}, "0 or more"),
+        ({"scale_by_std": True, "baseline": "greedy"}, "group_mean"),
     ],
 )
 def test_what_makes_no_sense_is_refused(fields, word):

@@ -35,6 +35,12 @@ def test_no_alarm_where_they_go_together(rewards, judged):
     assert not run(Watch(Alarms(window=2)), rewards, judged)
 
 
+def test_there_is_no_reward_before_the_first_step():
+    watch = Watch(Alarms(window=2))
+    assert not watch.see(0, {JUDGE: 0.5})
+    assert not run(watch, [1.1, 1.0, 0.9], [0.5, 0.5, 0.5])
+
+
 @pytest.mark.parametrize(
     ("name", "values"),
     [

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from capjax.errors import UserError
-from capjax.training.loop import Evaluator, NonFiniteLoss, train
+from capjax.training.loop import Evaluator, NonFiniteLoss, Stopped, train
 from capjax.training.metrics import JsonlWriter, read_metrics
 from capjax.training.profile import Tracer
 from capjax.training.progress import Progress
@@ -295,6 +295,18 @@ def test_an_evaluation_before_the_first_step(start_step, expected):
     evaluate = Evaluator("val", 4, lambda state, step: seen.append(step) or {}, at_start=True)
     run(evaluators=[evaluate], start_step=start_step, total_steps=6)
     assert seen == expected
+
+
+def test_a_stop_saves_the_state_of_its_step():
+    saved, metrics = [], Recorder()
+    asked = iter(["", "", "", "enough", "enough"])  # at the top of steps 0, 1, 2, and then
+    with pytest.raises(Stopped, match="enough"):
+        run(
+            stop=lambda: next(asked, "enough"),
+            save=lambda step, state: saved.append((step, int(state.step))),
+            writers=[metrics],
+        )
+    assert len(saved) == 1 and saved[0][0] == saved[0][1] == max(metrics.losses())
 
 
 def test_evaluators_and_saves_may_transfer():
