@@ -25,6 +25,7 @@ def plan_of(function, total_steps: int = 3) -> SimpleNamespace:
         total_steps=total_steps,
         train_step=jax.jit(function, donate_argnums=0),
         abstract_inputs=lambda: (kind, kind),
+        stage=None,
     )
 
 
