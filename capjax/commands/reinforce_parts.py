@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
@@ -316,6 +317,7 @@ def check_beginnings(parts: Parts, root: epath.Path) -> None:
 
 
 def write_beginnings(parts: Parts, root: epath.Path) -> None:
-    """Keeps them in the workdir, once."""
-    if not (root / BEGINNINGS).exists():
-        write_atomic(root / BEGINNINGS, json.dumps(beginnings(parts), indent=2) + "\n")
+    """Keeps them in the workdir, once; called by every process, as their arrays are split."""
+    text = json.dumps(beginnings(parts), indent=2) + "\n"
+    if jax.process_index() == 0 and not (root / BEGINNINGS).exists():
+        write_atomic(root / BEGINNINGS, text)

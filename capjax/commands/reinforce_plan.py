@@ -67,7 +67,7 @@ def build_reinforcement(config: ConfigDict, workdir: str) -> Plan:
     with jax.set_mesh(parts.mesh):
         start, abstract_state = _state(parts, adapted, tx, score is not None)
     check_disk_space(root / "checkpoints", abstract_state, config.checkpoint.keep)
-    program = _Program(parts, step, abstract_state, augment, score, root)
+    program = _Program(parts, step, abstract_state, score, root)
     return Plan(
         config=config,
         mesh=parts.mesh,
@@ -195,12 +195,11 @@ class _Program:
         parts: Parts,
         step: Step,
         abstract_state: Any,
-        augment: Augment,
         score: HostScores | None,
         root: epath.Path,
     ) -> None:
-        self._parts, self._step, self._abstract_state = parts, step, abstract_state
-        self._augment, self._score, self._root = augment, score, root
+        self._parts, self._step, self._root = parts, step, root
+        self._abstract_state = abstract_state
         self._alarms = AlarmWriter(parts.alarms, root)
         self._frozen: dict[str, Any] = {}
         self._host = None
@@ -222,13 +221,14 @@ class _Program:
         )
 
     def _prepare(self, say: Callable[[str], None]) -> None:
-        """What talks to other processes, in an order of its own: images embedded, parameters laid
-        out on the mesh, and what they are written down."""
+        """Does what processes must do together, in one order: no thread of theirs does it later.
+
+        Images are embedded, frozen parameters laid out, and what the run began with is kept.
+        """
         parts = self._parts
-        if jax.process_index() == 0:
-            write_beginnings(parts, self._root)
-            if parts.measures.judge is None:
-                say("no evaluate.judge: nothing will tell whether the reward is hacked")
+        write_beginnings(parts, self._root)
+        if jax.process_index() == 0 and parts.measures.judge is None:
+            say("no evaluate.judge: nothing will tell whether the reward is hacked")
         self._frozen = self._opened()
         self._arrays.shapes()
         # The mesh has its copy, where one is needed.
