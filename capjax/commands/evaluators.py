@@ -179,6 +179,7 @@ class Evaluation:
             )
         measures = self.measures
         found = {
+            "counted": Measured({"num_images": float(len(records))}),
             "captions": measure_records(
                 records,
                 tokenizer=measures.tokenizer,

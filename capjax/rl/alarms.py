@@ -22,8 +22,8 @@ class Alarms:
     """When to raise an alarm, and what then.
 
     Attributes:
-      judge_metric: of the splits' evaluation, made by a judge that is not the reward; one that
-        does not depend on how many examples are evaluated, which are more at the end of a run.
+      judge_metric: of the splits' evaluation, made by a judge that is not the reward. Evaluations
+        of as many images are compared: that at the end of a run may be of more.
       window: evaluations over which the reward must have risen, and the judge not.
       min_judge_gain: a judge that gained no more than this over the window counts as not risen.
       max_kl: nats a caption from the reference; 0: not watched.
@@ -60,8 +60,9 @@ class Watch:
     def __init__(self, alarms: Alarms) -> None:
         self._alarms = alarms
         self._rewards: list[float] = []
-        self._points: dict[str, list[tuple[float, float]]] = defaultdict(list)
-        self._first: dict[str, float] = {}
+        # By metric and number of images: the last evaluation of a run is often of more of them.
+        self._points: dict[tuple[str, float], list[tuple[float, float]]] = defaultdict(list)
+        self._first: dict[tuple[str, float], float] = {}
         self._raised: set[str] = set()  # each is raised once until it has passed
 
     def see(self, step: int, values: Mapping[str, SupportsFloat]) -> list[str]:
@@ -71,34 +72,35 @@ class Watch:
             self._rewards.append(reward)
         reasons: dict[str, str] = {}
         for name, value in found.items():
-            reasons[name] = self._reason(name, value)
+            num_images = found.get(f"{name.rpartition('/')[0]}/num_images", 0.0)
+            reasons[name] = self._reason(name, value, num_images)
         raised = {name for name, reason in reasons.items() if reason}
         new = [f"step {step}: {reasons[name]}" for name in sorted(raised - self._raised)]
         self._raised = (self._raised - reasons.keys()) | raised
         return new
 
-    def _reason(self, name: str, value: float) -> str:
+    def _reason(self, name: str, value: float, num_images: float) -> str:
         """Why a metric of this value is alarming; "" where it is not."""
         alarms, metric = self._alarms, name.rpartition("/")[2]
         if name.startswith("eval/") and metric == alarms.judge_metric:
-            return self._hacked(name, value)
+            return self._hacked(name, value, num_images)
         if name == "train/kl" and 0 < alarms.max_kl < value:
             return f"captions are {value:.3g} nats from the reference's, beyond {alarms.max_kl:g}"
         if name == "train/repetition" and 0 < alarms.max_repetition < value:
             return f"{value:.0%} of the pairs of tokens in captions are repeated"
         if name == "train/caption_tokens" and alarms.max_length_ratio:
-            first = self._first.setdefault(name, value)
+            first = self._first.setdefault((name, num_images), value)
             if value > alarms.max_length_ratio * first:
                 return f"captions have {value:.1f} tokens, {first:.1f} at first"
         if name.startswith("eval/") and metric == "distinct_ratio" and alarms.min_distinct_ratio:
-            first = self._first.setdefault(name, value)
+            first = self._first.setdefault((name, num_images), value)
             if value < alarms.min_distinct_ratio * first:
                 return f"{name} is {value:.0%}, {first:.0%} at first: many images, one caption"
         return ""
 
-    def _hacked(self, name: str, value: float) -> str:
+    def _hacked(self, name: str, value: float, num_images: float) -> str:
         """Compares the judge and the mean of recent rewards with those `window` evaluations ago."""
-        points, window = self._points[name], self._alarms.window
+        points, window = self._points[name, num_images], self._alarms.window
         recent = self._rewards[-RECENT:]
         # Before the first step there is no reward to compare with.
         points.append((sum(recent) / len(recent) if recent else math.nan, value))

@@ -41,6 +41,16 @@ def test_there_is_no_reward_before_the_first_step():
     assert not run(watch, [1.1, 1.0, 0.9], [0.5, 0.5, 0.5])
 
 
+def test_only_evaluations_of_as_many_images_are_compared():
+    watch, raised = Watch(Alarms(window=1)), []
+    for step, (judge, num_images) in enumerate([(0.7, 128), (0.8, 128), (0.6, 366), (0.6, 366)]):
+        values = {JUDGE: judge, "eval/val/num_images": num_images}
+        distinct = {"eval/val/distinct_ratio": 128 / num_images}  # as many different ones
+        raised.append(watch.see(step, {"train/reward": float(step), **values, **distinct}))
+    assert not any(raised[:3])
+    assert len(raised[3]) == 1
+
+
 @pytest.mark.parametrize(
     ("name", "values"),
     [
