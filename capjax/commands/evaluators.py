@@ -185,7 +185,7 @@ class Evaluation:
                 tokenizer=measures.tokenizer,
                 java=measures.java,
                 lexicon=measures.lexicon,
-            )
+            ),
         }
         if measures.judge is not None and records:
             found["judged"] = self._try(
