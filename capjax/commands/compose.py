@@ -18,6 +18,7 @@ from capjax.decoding.generate import generate
 from capjax.decoding.inputs import read_ahead
 from capjax.decoding.loaded_model import LoadedModel
 from capjax.decoding.options import GREEDY
+from capjax.decoding.prefix import forced, prefix_ids
 from capjax.dims import Array
 from capjax.errors import UserError, did_you_mean
 from capjax.evaluation.compositional import measure_items, score_rows, score_without_image
@@ -152,6 +153,7 @@ def _captions(
     batch_size: int,
 ) -> list[str]:
     """Greedy ones, of the images at `places`: number of the item, number of its image."""
+    prefix = prefix_ids(model)
 
     def run(rows: Mapping[str, Array]) -> Array:
         made = generate(
@@ -161,8 +163,9 @@ def _captions(
             GREEDY,
             index_B=rows["index"],
             mask_B=rows["is_image"],
+            forced_BL=forced(prefix, len(rows["image"])),
         )
-        return made.tokens_BSL[:, 0]
+        return made.tokens_BSL[:, 0, len(prefix) :]
 
     texts = []
     for start, pixels in _pixels(model, items, places, batch_size):

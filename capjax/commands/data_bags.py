@@ -9,6 +9,7 @@ from capjax.commands import data_flags, runtime
 from capjax.errors import UserError
 
 RANDOM = "random"
+MADE = "made.json"
 SIZES = "2,3,5,7,10,15,20"  # of the published curriculum
 
 
@@ -17,7 +18,8 @@ def add_command(commands) -> None:
     parser = commands.add_parser(
         "bags",
         help="group images much alike into bags, for training on hard distractors",
-        description="Writes DIR/LEVEL/SIZE.json, a list of lists of keys, and DIR/LEVEL/made.json.",
+        description="Writes DIR/LEVEL/SIZE.json, a list of lists of keys, and DIR/LEVEL/made.json, "
+        "by file how it was made.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -80,7 +82,10 @@ def run(args: argparse.Namespace) -> None:
     from capjax.data.bags import build_bags_of_sizes, random_bags, write_bags
     from capjax.data.curriculum import bag_file
     from capjax.data.sources import open_source
+    from capjax.training.workdir import write_atomic
 
+    directory = bag_file(args.output, args.level, sizes[0]).parent
+    made = _recorded(directory)
     source = open_source(args.input)
     chosen = [name for name in (args.caption_sources or "").split(",") if name]
     runtime.start(args)
@@ -102,20 +107,19 @@ def run(args: argparse.Namespace) -> None:
             min_similarity=args.min_similarity,
             same_N=images.names,
         )
-    made: dict[str, Any] = {name: getattr(args, name) for name in _RECORDED}
-    made |= {"images": len(images.keys), "sizes": {}}
-    directory = bag_file(args.output, args.level, sizes[0]).parent
+    how = {name: getattr(args, name) for name in _RECORDED} | {"images": len(images.keys)}
     directory.mkdir(parents=True, exist_ok=True)
     for size, found in bags.items():
         if not found:
             print(f"{size:>3} images: no bags; there are {len(images.keys)} images")
             continue
-        write_bags(bag_file(args.output, args.level, size), found, images.keys)
-        made["sizes"][size] = {"bags": len(found)} | cosines(images, found)
-        print(_line(len(images.keys), size, made["sizes"][size]))
+        path = bag_file(args.output, args.level, size)
+        write_bags(path, found, images.keys)
+        made[path.name] = how | {"bags": len(found)} | cosines(images, found)
+        print(_line(len(images.keys), size, made[path.name]))
         for bag in found[:: max(1, len(found) // args.show)][: args.show] if args.show else ():
             print("     " + " | ".join(f"{images.names[row]} ({images.keys[row]})" for row in bag))
-    (directory / "made.json").write_text(json.dumps(made, indent=2) + "\n")
+    write_atomic(directory / MADE, json.dumps(made, indent=2) + "\n")
     print(f"bags: {directory}")
 
 
@@ -123,6 +127,18 @@ _RECORDED = (
     *("input", "checkpoint", "level", "features", "max_similarity", "min_similarity"),
     *("caption_sources", "max_examples", "seed"),
 )
+
+
+def _recorded(directory) -> dict[str, Any]:
+    """By file of bags how it was made: of those that are in the directory from earlier calls."""
+    path = directory / MADE
+    try:
+        kept = json.loads(path.read_text()) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}); remove it, or name another --output"
+        ) from error
+    return {name: how for name, how in kept.items() if (directory / name).exists()}
 
 
 def _checked(args: argparse.Namespace) -> list[int]:

@@ -22,6 +22,7 @@ from capjax.data.pipeline import Batches
 from capjax.data.sources import Source
 from capjax.decoding.loaded_model import LoadedModel
 from capjax.decoding.options import GREEDY, DecodingOptions
+from capjax.decoding.prefix import prefix_ids
 from capjax.errors import UserError
 from capjax.evaluation.blindness import blindness
 from capjax.evaluation.captions import distinct_ratio
@@ -168,6 +169,7 @@ class Evaluation:
                 references=lambda example: reference_texts(example, self.data.references),
                 step=model.step,
                 options=options,
+                prefix=prefix_ids(model),
             )
         # Pages show what lies in captions/ itself: a gallery for each split.
         folder = "captions/guided" if options.is_guided else "captions"

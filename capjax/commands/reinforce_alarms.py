@@ -26,6 +26,7 @@ class AlarmWriter:
         self._alarms, self._root = alarms, root
         self._watch, self._seen = Watch(alarms), False
         self._rate_factor, self._reason = 1.0, ""
+        self._unwritten: list[dict[str, Any]] = []
 
     def write(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """Raises alarms: says them, keeps them, and remembers what is to be done."""
@@ -77,13 +78,20 @@ class AlarmWriter:
                 self._watch.see(int(line["step"]), line)
 
     def _keep(self, step: int, raised: list[str]) -> None:
-        """Adds to the file; lines of later steps are of a run that was cut."""
+        """Adds to the file; lines of later steps are of a run that was cut.
+
+        A disk that is full must not end a run: they are added with the next ones.
+        """
+        self._unwritten += [{"step": step, "alarm": text} for text in raised]
         path = self._root / "alarms.jsonl"
-        text = path.read_text() if path.exists() else ""
-        kept = [alarm for alarm in map(json.loads, text.splitlines()) if alarm["step"] <= step]
-        new = [{"step": step, "alarm": text} for text in raised]
-        lines = kept + [alarm for alarm in new if alarm not in kept]
-        write_atomic(path, "".join(json.dumps(line) + "\n" for line in lines))
+        try:
+            text = path.read_text() if path.exists() else ""
+            kept = [alarm for alarm in map(json.loads, text.splitlines()) if alarm["step"] <= step]
+            lines = kept + [alarm for alarm in self._unwritten if alarm not in kept]
+            write_atomic(path, "".join(json.dumps(line) + "\n" for line in lines))
+            self._unwritten = []
+        except OSError as error:
+            print(f"warning: {path} not written: {error.strerror or error}", flush=True)
 
     def flush(self) -> None:
         """Nothing waits."""

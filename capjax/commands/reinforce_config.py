@@ -39,7 +39,13 @@ def reinforce_config() -> ConfigDict:
         }
     )
     config.sampling = ConfigDict(
-        {"num_samples": 5, "temperature": 1.0, "max_length": 0, "num_updates": 1}
+        {
+            "num_samples": 5,
+            "temperature": 1.0,
+            "max_length": 0,
+            "prefix": "",
+            "num_updates": 1,
+        }
     )
     # `towers`: a checkpoint; `prompt`: what they read before each caption. `functions`: by names of
     # yours, a Python file (weight 1), or {"file": ..., "weight": ..., "normalize": ...}.

@@ -58,7 +58,8 @@ class ImageArrays:
     """The arrays of a batch that depend on its images alone, from their indices.
 
     The towers embed every image of the source once, as it is (not augmented); what they made is
-    kept in `directory`. `tokenizer` and `text_length` are the captioner's. `ngrams`: document
+    kept in `directory`. `tokenizer` and `text_length` are the captioner's; its captions stand
+    behind `prefix`, references are cut into tokens there too. `ngrams`: document
     frequencies of the references' ids, for CIDEr-D on the device; None without it. Raises
     `UserError` as `frozen_features`.
     """
@@ -75,11 +76,14 @@ class ImageArrays:
         prompt: str,
         tokenizer: Tokenizer,
         text_length: int,
+        prefix: str = "",
     ) -> None:
         self._image_ND = self._nearest_NM = self._reference_NRT = self._label_NRL = None
         self.ngrams: NgramTable | None = None
         if "cider_d" in rewards.used and rewards.cider_d.on == "device":
-            labels = [_labels(tokenizer, captions, text_length) for captions in references()]
+            labels = [
+                _labels(tokenizer, captions, text_length, prefix) for captions in references()
+            ]
             known = [image[image[:, 0] != PAD_ID] for image in labels if image.any()]
             if not known:
                 raise UserError(NO_CAPTION)
@@ -159,11 +163,13 @@ def _nearest(image_ND: np.ndarray, count: int, block: int = 1024) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def _labels(tokenizer: Tokenizer, texts: list[str], length: int) -> np.ndarray:
-    """int32 [`MAX_REFERENCES`, L]: the first captions as the tokenizer writes them, then PAD."""
+def _labels(tokenizer: Tokenizer, texts: list[str], length: int, prefix: str) -> np.ndarray:
+    """int32 [`MAX_REFERENCES`, L]: the first captions as written behind the prefix, then PAD."""
     made = np.full((MAX_REFERENCES, length), PAD_ID, np.int32)
     if texts := texts[:MAX_REFERENCES]:
-        made[: len(texts)] = tokenizer.encode_batch(texts, length)
+        count = tokenizer.count(prefix) - 1 if prefix else 0
+        behind = [f"{prefix} {text}" for text in texts] if prefix else texts
+        made[: len(texts)] = tokenizer.encode_batch(behind, count + length)[:, count:]
     return made
 
 
@@ -254,7 +260,8 @@ class HostScores:
 
     def __call__(self, rows: Rows, tokens_bJL: np.ndarray) -> Rows:
         """The arrays that are `given` to the update, by name."""
-        texts = [[self._tokenizer.decode(ids) for ids in image] for image in tokens_bJL]
+        # Behind a prefix some tokenizers write the space before a caption.
+        texts = [[self._tokenizer.decode(ids).lstrip() for ids in image] for image in tokens_bJL]
         known = [
             self._references[index] if is_used else []
             for index, is_used in zip(rows["index"], rows["mask"], strict=True)
@@ -264,7 +271,7 @@ class HostScores:
             is_ended_bJ = (tokens_bJL == EOS_ID).any(2)
             given[f"{HOST}cider_d"] = self._consensus(texts, known, is_ended_bJ)
         for name, function in self._functions.items():
-            given[HOST + name] = _called(name, function, rows["image"], texts, known)
+            given[HOST + name] = called(name, function, rows["image"], texts, known)
         if self._towers is not None:
             given[TOWER_TOKENS] = np.stack(
                 [tower_texts(self._towers, captions, self._prompt) for captions in texts]
@@ -272,7 +279,7 @@ class HostScores:
         return given
 
 
-def _called(
+def called(
     name: str,
     function: Callable,
     images: np.ndarray,
@@ -283,7 +290,7 @@ def _called(
     shape = len(texts), len(texts[0])
     try:
         value = np.asarray(function(images, texts, references), np.float32)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"rewards.functions.{name} raised {what}") from error
     if value.shape != shape or not np.isfinite(value).all():

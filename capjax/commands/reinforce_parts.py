@@ -16,6 +16,7 @@ from capjax.commands import build
 from capjax.commands.measures import Measures
 from capjax.commands.program import build_mesh, check_counts
 from capjax.commands.reinforce_data import references_of
+from capjax.commands.reinforce_trial import Prefix, open_prefix
 from capjax.commands.settings import from_dataclass_kwargs
 from capjax.data.captions import clean_text
 from capjax.data.curriculum import PUBLISHED, BagOrder, open_bags, parse_curriculum
@@ -44,7 +45,8 @@ class Parts(NamedTuple):
     base: LoadedModel  # the captioner to start from
     model: Captioner  # as it is trained
     policy: PolicyGradient
-    sampling: Sampling
+    sampling: Sampling  # its `max_length` is a number of tokens
+    prefix: Prefix
     rewards: Rewards
     alarms: Alarms
     reward_towers: LoadedModel | None  # on the mesh
@@ -58,8 +60,14 @@ class Parts(NamedTuple):
     @property
     def reads_tokens(self) -> bool:
         """Whether the reward's towers read the captioner's ids as they are."""
-        return (
-            self.reward_towers is not None and self.reward_towers.tokenizer == self.base.tokenizer
+        towers, tokenizer = self.reward_towers, self.base.tokenizer
+        return towers is not None and towers.tokenizer == tokenizer and self.prefix.is_apart
+
+    @property
+    def has_host(self) -> bool:
+        """Whether rewards need the captions on the host."""
+        return bool(self.rewards.on_host) or (
+            self.reward_towers is not None and not self.reads_tokens
         )
 
     def embedders(self) -> RewardTowers | None:
@@ -90,11 +98,6 @@ def open_parts(config: ConfigDict) -> Parts:
     check_together(config, policy, sampling, rewards, alarms)
     base = load(config.warm_start.path)
     model = trained_model(config, base)
-    if sampling.max_length > model.config.text_length:
-        raise UserError(
-            f"sampling.max_length={sampling.max_length}: expected at most "
-            f"{model.config.text_length}, the text length of {config.warm_start.path}"
-        )
     mesh = build_mesh(config)
     config = with_checkpoint(config, base, mesh)
     check_counts(config, mesh)
@@ -102,6 +105,8 @@ def open_parts(config: ConfigDict) -> Parts:
     source = build.build_source(config)
     if source is None:
         raise UserError("data.source=synthetic has no captions that a reward could read")
+    data = build.build_data(config)
+    prefix = open_prefix(config, base, sampling, source, data.captions)
     measures = build.build_measures(config)
     towers = open_towers(config, rewards, mesh)
     check_judge(config, towers, measures.judge)
@@ -110,15 +115,16 @@ def open_parts(config: ConfigDict) -> Parts:
             f"rewards.self_retrieval.num_negatives={rewards.self_retrieval.num_negatives}: "
             f"expected fewer than the {len(source)} images of data.source"
         )
-    data = build.build_data(config)
-    has_host = bool(rewards.on_host) or (towers is not None and towers.tokenizer != base.tokenizer)
-    return Parts(
+    parts = Parts(
         config=config,
         mesh=mesh,
         base=base,
         model=model,
-        policy=clipped(policy, config) if has_host else policy,
-        sampling=sampling,
+        policy=policy,
+        sampling=dataclasses.replace(
+            sampling, max_length=sampling.max_length or data.text_length - len(prefix.ids)
+        ),
+        prefix=prefix,
         rewards=rewards,
         alarms=alarms,
         reward_towers=towers,
@@ -129,6 +135,7 @@ def open_parts(config: ConfigDict) -> Parts:
         order=build_bags(config, source),
         references=functools.cache(lambda: references_of(source, data.captions)),
     )
+    return parts._replace(policy=clipped(policy, config)) if parts.has_host else parts
 
 
 def check_together(

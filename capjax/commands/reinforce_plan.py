@@ -32,6 +32,7 @@ from capjax.commands.reinforce_parts import (
     open_parts,
     write_beginnings,
 )
+from capjax.commands.reinforce_trial import try_functions
 from capjax.commands.settings import from_dataclass_kwargs
 from capjax.data.augmentation import Augment
 from capjax.data.pipeline import train_batches
@@ -129,6 +130,7 @@ def _build_step(parts: Parts, adapted: Adapted, total_steps: int) -> tuple[Any, 
         freeze=optimizer.freeze,
         ema_decay=optimizer.ema_decay,
         may_lower_rate=parts.alarms.action == "lower_rate",
+        prefix=parts.prefix.ids,
         plain_params=lambda params: merge(params, lora.scale),
         reference_params=reference,
     )
@@ -143,14 +145,16 @@ def _has_copy(parts: Parts) -> bool:
 
 def _host_scores(parts: Parts) -> HostScores | None:
     """What the host does for rewards; None where it does nothing."""
-    reads_text = parts.reward_towers is not None and not parts.reads_tokens
-    if not parts.rewards.on_host and not reads_text:
+    if not parts.has_host:
         return None
+    reads_text = parts.reward_towers is not None and not parts.reads_tokens
     functions = {
         name: load_function(name, term.file)
         for name, term in parts.rewards.functions.items()
         if name in parts.rewards.used
     }
+    choice, num_captions = parts.data.captions, _captions_shape(parts)[1]
+    try_functions(functions, parts.base, parts.source, choice, num_captions)
     return HostScores(
         parts.rewards,
         parts.base.tokenizer,
@@ -183,8 +187,7 @@ def _state(parts: Parts, adapted: Adapted, tx: Any, is_ahead: bool) -> tuple[Cal
 def _captions_shape(parts: Parts) -> tuple[int, int, int]:
     """[B, J, L] of the captions sampled for a batch."""
     num_captions = parts.sampling.num_samples + (parts.policy.baseline == "greedy")
-    length = parts.sampling.max_length or parts.model.config.text_length
-    return parts.config.batch_size, num_captions, length
+    return parts.config.batch_size, num_captions, parts.sampling.max_length
 
 
 class _Program:
@@ -247,6 +250,7 @@ class _Program:
             prompt=parts.config.rewards.prompt,
             tokenizer=parts.base.tokenizer,
             text_length=parts.model.config.text_length,
+            prefix=parts.prefix.text,
         )
 
     def _batches(self, plan: Plan, start: int, on_bad: Callable) -> Iterator:

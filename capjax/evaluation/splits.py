@@ -16,6 +16,7 @@ from capjax.data.sources import Source
 from capjax.data.tokenizer import Tokenizer
 from capjax.decoding.generate import generate
 from capjax.decoding.options import GREEDY, DecodingOptions
+from capjax.decoding.prefix import forced
 from capjax.dims import Params
 from capjax.evaluation import captions
 from capjax.evaluation.agreement import measure_captions
@@ -58,6 +59,7 @@ def caption_split(
     references: Callable[[Example], list[str]],
     step: int,
     options: DecodingOptions = GREEDY,
+    prefix: Sequence[int] = (),
 ) -> list[CaptionRecord]:
     """Captions of every unmasked row of `batches`, in the order of the rows.
 
@@ -66,6 +68,7 @@ def caption_split(
       references: the reference captions of an example; without any it is not scored.
       step: of the parameters, for the records.
       options: greedy, or greedy with guidance.
+      prefix: ids that captions stand behind; they are no part of the records.
 
     Every process returns the same.
     """
@@ -80,6 +83,7 @@ def caption_split(
                 options,
                 index_B=placed["index"],
                 mask_B=placed["mask"],
+                forced_BL=forced(prefix, len(placed["mask"])),
             )
         first = (made.tokens_BSL[:, 0], made.logprobs_BSL[:, 0], made.num_tokens_BS[:, 0])
         gathered = multihost_utils.process_allgather(
@@ -87,8 +91,10 @@ def caption_split(
         )
         for tokens, logprobs, num_tokens, index, is_row in zip(*gathered, strict=True):
             if is_row:
-                text = tokenizer.decode(tokens.tolist())
-                rows[int(index)] = (text, float(logprobs.sum()), int(num_tokens))
+                text = tokenizer.decode(tokens[len(prefix) :].tolist())
+                text = text.lstrip() if prefix else text  # some tokenizers write the space
+                count = int(num_tokens) - len(prefix)
+                rows[int(index)] = (text, float(logprobs.sum()), count)
     records = []
     for index, (text, logprob, num_tokens) in sorted(rows.items()):
         example = source[index]

@@ -27,6 +27,7 @@ def self_retrieval(
     form: str = "log",
     bag_B: Int[Array, "B"] | None = None,
     mask_B: Bool[Array, "B"] | None = None,
+    index_B: Int[Array, "B"] | None = None,
     negative_BMD: Float[Array, "B M D"] | None = None,
 ) -> Float[Array, "B K"]:
     """How surely each caption picks its image among those of the global batch.
@@ -39,6 +40,7 @@ def self_retrieval(
       bag_B: of each image the number of its bag; the images of other bags are left out.
       mask_B: False for rows that only fill the batch: no caption picks from them, and what they
         themselves get is finite but means nothing.
+      index_B: of each image what it is in the source: the same image a second time is no rival.
       negative_BMD: images more to pick from for the captions of each image, such as its nearest
         neighbours in the training set (Dessì et al.); one that is in the batch too counts twice.
 
@@ -48,7 +50,7 @@ def self_retrieval(
         raise UserError(f"form={form!r}: choose one of {', '.join(FORMS)}")
     caption_BKD = caption_BKD.astype(jnp.float32)
     cosine_BKC = _cosines("bkd,cd->bkc", caption_BKD, reshard(image_BD, P(None, None)))
-    is_own_BC, is_offered_BC = _choices(len(image_BD), bag_B, mask_B)
+    is_own_BC, is_offered_BC = _choices(len(image_BD), bag_B, mask_B, index_B)
     own_BK = jnp.sum(jnp.where(is_own_BC[:, None], cosine_BKC, 0), -1)
     is_rival_BC = is_offered_BC & ~is_own_BC
     rivals_BKC = jnp.where(is_rival_BC[:, None], cosine_BKC, -jnp.inf)
@@ -66,7 +68,9 @@ def _cosines(subscripts: str, caption_BKD: Array, image: Array) -> Array:
     )
 
 
-def _choices(size: int, bag_B: Array | None, mask_B: Array | None) -> tuple[Array, Array]:
+def _choices(
+    size: int, bag_B: Array | None, mask_B: Array | None, index_B: Array | None
+) -> tuple[Array, Array]:
     """bool [B, C]: whether the image is the row's own, and whether it may be picked from."""
     place_C = jnp.arange(size)
     is_own_BC = reshard(place_C[:, None] == place_C[None], P(BATCH, None))
@@ -75,4 +79,6 @@ def _choices(size: int, bag_B: Array | None, mask_B: Array | None) -> tuple[Arra
         is_offered_BC &= bag_B[:, None] == reshard(bag_B, P(None))[None]
     if mask_B is not None:
         is_offered_BC &= reshard(mask_B, P(None))[None]
+    if index_B is not None:
+        is_offered_BC &= index_B[:, None] != reshard(index_B, P(None))[None]
     return is_own_BC, is_offered_BC

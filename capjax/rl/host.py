@@ -8,8 +8,9 @@ Letters beyond `capjax.dims`: J captions of an image, b the rows of this process
 """
 
 import contextlib
+import threading
 from collections.abc import Callable, Generator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ from capjax.rl.state import ReinforceState
 Rows = dict[str, np.ndarray]
 # (rows of this process, token ids [b, J, L]) -> arrays [b, ...] by name, for `given`.
 Score = Callable[[Rows, np.ndarray], Rows]
+GRACE_S = 5.0  # what a score under way has to end in when a run ends
 
 
 class Drawn(NamedTuple):
@@ -58,7 +60,6 @@ class HostStep:
     def __init__(self, score: Score, place_rows: Callable[[Rows], Batch]) -> None:
         self._score, self._place_rows = score, place_rows
         self.programs: Programs | None = None  # set before the first call
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="rewards")
         self._scores: Future[Rows] | None = None
         self._next: Drawn | None = None
 
@@ -82,10 +83,10 @@ class HostStep:
         if captions is None or (self._scores is None and not int(jax.device_get(state.step))):
             captions = sampled(policy, current.batch)  # the first of the run
         if self._scores is None:
-            self._scores = self._pool.submit(self._scored, current.rows, captions.tokens_BKL)
+            self._scores = in_background(self._scored, current.rows, captions.tokens_BKL)
         ahead = sampled(policy, following.batch)
         given = self._place_rows(self._scores.result())
-        self._scores = self._pool.submit(self._scored, following.rows, ahead.tokens_BKL)
+        self._scores = in_background(self._scored, following.rows, ahead.tokens_BKL)
         after, metrics = learned(policy, frozen, current.batch, captions, given)
         return after._replace(ahead=ahead), metrics
 
@@ -93,8 +94,26 @@ class HostStep:
         return self._score(rows, local_rows(tokens_BJL))
 
     def close(self) -> None:
-        """Lets go of the thread; what it is about is not waited for."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """Waits a little for what is under way; a function that hangs is left alone."""
+        if self._scores is not None:
+            wait([self._scores], GRACE_S)
+
+
+def in_background(work: Callable[..., Rows], *args: Any) -> Future[Rows]:
+    """What `work(*args)` gives, in a thread that the end of the process does not wait for.
+
+    An executor's threads are waited for: a function of the user's may never return.
+    """
+    future: Future[Rows] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work(*args))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="rewards", daemon=True).start()
+    return future
 
 
 def local_rows(x: Array) -> np.ndarray:

@@ -284,6 +284,7 @@ def _compute(name: str, term: Any, rewards: Rewards, towers: RewardTowers | None
             form=term.form,
             bag_B=batch["bag"] if term.among == "bag" else None,
             mask_B=batch["mask"],
+            index_B=batch["index"],
             negative_BMD=batch.get(TOWER_NEGATIVES),
         )
 

@@ -43,13 +43,17 @@ class Sampling:
       num_samples: captions of each image.
       temperature: divides the logits; 0 takes the greedy caption alone (Dessì et al. 2023). The
         update raises and lowers probabilities of the same, tempered distribution.
-      max_length: tokens of a caption at most, its end included; 0: the model's text length.
+      max_length: tokens of a caption at most, its end included, its prefix not; 0: as many as the
+        prefix leaves of the model's text length.
+      prefix: a text that captions stand behind, such as the bin of captions that fit well. It is
+        given, not sampled, and no part of what is rewarded.
       num_updates: updates of the parameters by each batch of captions.
     """
 
     num_samples: int = 5
     temperature: float = 1.0
     max_length: int = 0
+    prefix: str = ""
     num_updates: int = 1
 
     def __post_init__(self):
@@ -127,6 +131,7 @@ def make_step(
     freeze: Sequence[str] = (),
     ema_decay: float = 0.0,
     may_lower_rate: bool = False,
+    prefix: Sequence[int] = (),
     plain_params: Callable[[Params], Params] = lambda params: params,
     reference_params: Callable[[Params, Any], Params] = lambda params, frozen: frozen["reference"],
 ) -> Step:
@@ -136,6 +141,7 @@ def make_step(
       tx, learning_rate, accumulation_steps, freeze, ema_decay: as in `make_train_step`; the
         schedule counts updates.
       may_lower_rate: whether `Learner.rate_scale` may be other than 1.
+      prefix: the ids of `sampling.prefix`.
       plain_params: the model's parameters from those of the state.
       reference_params: (params of the state, frozen) -> those of the frozen reference.
 
@@ -151,7 +157,7 @@ def make_step(
     """
     check_policy(policy, sampling)
     update = make_train_step(
-        policy_loss(model, policy, sampling.temperature, plain_params),
+        policy_loss(model, policy, sampling.temperature, plain_params, prefix),
         tx,
         learning_rate=learning_rate,
         accumulation_steps=accumulation_steps,
@@ -166,7 +172,7 @@ def make_step(
         draw = functools.partial(
             sample, model, params, memory_BPD, batch["position"], batch["mask"], state.key
         )
-        length = {"max_length": sampling.max_length or None}
+        length = {"max_length": sampling.max_length or None, "prefix": prefix}
         made = draw(num_samples=sampling.num_samples, temperature=sampling.temperature, **length)
         if policy.baseline != "greedy":
             return made
@@ -184,7 +190,7 @@ def make_step(
             params = reference_params(state.params, frozen)
             memory_BPD = model.encode(params, batch["image"])
             reference_BKL, _ = token_logprobs(
-                model, params, memory_BPD, tokens_BKL, sampling.temperature
+                model, params, memory_BPD, tokens_BKL, sampling.temperature, prefix
             )
         reward_BK = total_BJ[:, :K]
         if reference_BKL is not None and policy.kl_weight and policy.kl_in_reward:

@@ -3,7 +3,7 @@
 Letters beyond `capjax.dims`: K captions sampled of each image.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -69,8 +69,9 @@ def policy_loss(
     policy: PolicyGradient,
     temperature: float,
     plain_params: Callable[[Params], Params] = lambda params: params,
+    prefix: Sequence[int] = (),
 ) -> Loss:
-    """The loss of batches that `experience` makes; `temperature` is that of sampling.
+    """The loss of batches that `experience` makes; `temperature`, `prefix` are those of sampling.
 
     `plain_params` gives the model's parameters from those that train. Metrics: `policy_loss` or
     `preference_loss`; `likelihood_loss`; `entropy`, nats a token; `kl`, nats a caption;
@@ -83,7 +84,7 @@ def policy_loss(
         tokens_BKL = batch["sampled"]
         mask_BKL = (tokens_BKL != PAD_ID) & batch["mask"][:, None, None]
         logprobs_BKL, hidden_RLE = token_logprobs(
-            model, params, memory_BPD, tokens_BKL, temperature
+            model, params, memory_BPD, tokens_BKL, temperature, prefix
         )
         if policy.preference_weight:
             loss, metrics = _preference(batch, logprobs_BKL, policy)

@@ -206,7 +206,10 @@ def is_remote(path: epath.PathLike) -> bool:
 
 
 def write_atomic(path: epath.PathLike, data: bytes | str) -> None:
-    """Writes a file so that a reader, or a crash, sees the old content or the new, never a part."""
+    """Writes a file so that a reader, or a crash, sees the old content or the new, never a part.
+
+    An `OSError`, of a full disk say, names the file.
+    """
     data = data.encode() if isinstance(data, str) else data
     if is_remote(path):
         epath.Path(path).write_bytes(data)  # a store shows an object only once it is whole
@@ -219,6 +222,8 @@ def write_atomic(path: epath.PathLike, data: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), os.fspath(target)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

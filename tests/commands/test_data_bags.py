@@ -68,14 +68,15 @@ def test_bags_of_what_is_embedded(folder, capsys, kind):
     for size in (2, 3):
         expected = [[keys[row] for row in bag] for bag in build_bags(found, size, same_N=names)]
         assert read_bags(folder / f"bags/hard/{size}.json") == expected
-        assert made["sizes"][str(size)]["bags"] == len(expected)
-    assert (made["images"], made["features"]) == (len(keys), kind)
+        how = made[f"{size}.json"]
+        assert how["bags"] == len(expected)
+        assert (how["images"], how["features"]) == (len(keys), kind)
     unit = found / np.linalg.norm(found, axis=1, keepdims=True)
     pairs = [
         unit[keys.index(a)] @ unit[keys.index(b)] for a, b in read_bags(folder / "bags/hard/2.json")
     ]
-    assert np.isclose(made["sizes"]["2"]["cosine"]["tightest"], max(pairs), atol=1e-4)
-    assert np.isclose(made["sizes"]["2"]["cosine"]["loosest"], min(pairs), atol=1e-4)
+    assert np.isclose(made["2.json"]["cosine"]["tightest"], max(pairs), atol=1e-4)
+    assert np.isclose(made["2.json"]["cosine"]["loosest"], min(pairs), atol=1e-4)
     first = read_bags(folder / "bags/hard/2.json")[0][0]
     assert f"({first}) | " in out
 
@@ -111,6 +112,10 @@ def test_random_bags_need_no_towers_and_open_as_a_curriculum(folder, capsys):
     first = (folder / "bags/random/5.json").read_text()
     assert bags(folder, "--level=random", "--sizes=5", "--seed=2") == 0
     assert (folder / "bags/random/5.json").read_text() != first
+    (folder / "bags/random/2.json").rename(folder / "bags/random/3.json")  # another's: no record
+    assert bags(folder, "--level=random", "--sizes=4", "--seed=3") == 0
+    made = json.loads((folder / "bags/random/made.json").read_text())
+    assert {name: how["seed"] for name, how in made.items()} == {"5.json": 2, "4.json": 3}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 
 import pytest
 from etils import epath
@@ -13,10 +14,13 @@ from capjax.commands.defaults import default_config
 from capjax.commands.evaluators import Evaluation
 from capjax.commands.measures import Measures
 from capjax.commands.models import build_objectives
+from capjax.commands.reinforce_alarms import AlarmWriter
 from capjax.decoding.loaded_model import LoadedModel
 from capjax.evaluation.measured import Measured
 from capjax.evaluation.splits import CaptionRecord
+from capjax.rl.alarms import Alarms
 from capjax.training.metrics import JsonlWriter
+from capjax.training.workdir import write_atomic
 from tests.commands.tiny_runs import judge, write_run, write_source
 from tests.evaluation import tiny
 
@@ -76,6 +80,20 @@ def test_training_goes_on(full, tmp_path, monkeypatch):
     captions = ["captions/asked.jsonl", "captions/over_time/asked.jsonl"]
     assert evaluation.unwritten == [*captions, "evaluations/asked.json"]
     assert not files(tmp_path)
+
+
+def test_alarms_are_kept_as_soon_as_they_can_be(tmp_path, capsys, monkeypatch):
+    writer, path = AlarmWriter(Alarms(), epath.Path(tmp_path)), tmp_path / "alarms.jsonl"
+    with monkeypatch.context() as filled:
+        filled.setattr("os.fsync", no_space)
+        writer.write(1, {"train/repetition": 0.5})
+        assert f"{path} not written: No space left on device" in capsys.readouterr().out
+        assert not files(tmp_path)
+        with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+            write_atomic(path, "")
+    writer.write(2, {"train/repetition": 0.1})
+    writer.write(3, {"train/repetition": 0.6})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3]
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import capjax
 from capjax.checkpoint import load_params, step_directory
 from capjax.commands import settings
 from capjax.commands.reinforce_parts import build_policy, build_rewards
+from capjax.data.sources import open_source
 from capjax.errors import UserError
 from tests.commands.conftest import REPOSITORY, finish, start, train_losses
 
@@ -112,6 +113,8 @@ def lines_of(workdir):
                 "--config.rewards.ref_clip_score.weight=0.5",
                 "--config.rewards.self_retrieval.num_negatives=3",
                 "--config.policy.likelihood_weight=0.1",
+                "--config.sampling.prefix=2",
+                "--config.captions.templates=2 {caption}",
             ),
         ),
     ],
@@ -129,7 +132,15 @@ def test_a_run_that_was_cut_goes_on_as_if_it_had_not_been(runs, tmp_path, arg, t
     jax.tree.map(np.testing.assert_array_equal, params, again)
     rewards = [line["train/reward"] for line in lines_of(whole)]
     assert len(rewards) == 4 and np.isfinite(rewards).all()
-    assert capjax.load(whole).caption([np.zeros((16, 16, 3), np.uint8)])
+    captioner, lines = capjax.load(whole), (whole / "captions/concept.jsonl").read_text()
+    found = [json.loads(line) for line in lines.splitlines()[:3]]
+    source = open_source(found[0]["source"])
+    prefix = captioner.config["sampling"]["prefix"]
+    images = [source[line["index"]].image for line in found]
+    again = captioner.caption_records(images, prefix=prefix)
+    for line, record in zip(found, again, strict=True):
+        assert record["caption"].removeprefix(prefix).lstrip() == line["caption"]
+        assert record["logprob"] == pytest.approx(line["logprob"], abs=1e-3)
 
 
 @pytest.mark.slow
@@ -155,18 +166,19 @@ def test_eight_devices_and_rewards_of_ones_own(runs, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_learn_as_one(runs, tmp_path):
-    """With rewards of the host, of which each process computes its own rows'."""
+    """Parameters split between them, and rewards of the host, each of its own rows'."""
     flags = (f"--towers={runs}/others", "--config.policy.algorithm=scst", "--config.mesh.fsdp=2")
     flags += ("--config.optimizer.learning_rate=1e-4", "--config.rewards.grammar.weight=0.1")
     flags += ("--config.total_steps=2", "--config.checkpoint.every_steps=0")
+    flags += ("--config.sampling.prefix=2",)
     one, two = tmp_path / "one", tmp_path / "two"
-    finish(reinforce(runs, one, *flags, arg="both", devices=4))
+    finish(reinforce(runs, one, *flags, arg="both", devices=2))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     together = (*flags, f"--coordinator=127.0.0.1:{port}", "--num_processes=2")
     jobs = [
-        reinforce(runs, two, *together, f"--process_id={i}", arg="both", devices=2)
+        reinforce(runs, two, *together, f"--process_id={i}", arg="both", devices=1)
         for i in range(2)
     ]
     for job in jobs:

@@ -25,15 +25,15 @@ def drawn(B=8, K=3, M=2, D=16, seed=0):
     return {name: x.astype(np.float32) for name, x in found.items()}
 
 
-def plainly(rows, scale, bag_B, mask_B):
+def plainly(rows, scale, bag_B, mask_B, index_B):
     """(log p, hit) in float64, a caption at a time."""
+    is_rival_BC = (index_B[:, None] != index_B) & (bag_B[:, None] == bag_B) & mask_B
     caption_BKD, image_BD, negative_BMD = (
         rows[name].astype(np.float64) for name in ("caption", "image", "negative")
     )
     log_BK, hit_BK = np.zeros((2, *caption_BKD.shape[:2]))
     for b, k in np.ndindex(*log_BK.shape):
-        others = [c for c in range(len(image_BD)) if c != b and bag_B[c] == bag_B[b] and mask_B[c]]
-        rivals = np.concatenate([image_BD[others], negative_BMD[b]]) @ caption_BKD[b, k]
+        rivals = np.concatenate([image_BD[is_rival_BC[b]], negative_BMD[b]]) @ caption_BKD[b, k]
         own = image_BD[b] @ caption_BKD[b, k]
         log_BK[b, k] = scale * own - np.log(np.exp(scale * np.append(rivals, own)).sum())
         hit_BK[b, k] = own > rivals.max()
@@ -56,8 +56,10 @@ def test_vectors():
 
 def test_bags_masks_and_negatives_as_computed_plainly():
     rows = drawn()
+    rows["image"][2] = rows["image"][0]
     bag_B, mask_B = np.array([0, 0, 0, 1, 1, 2, 2, 3]), np.array([1, 1, 1, 1, 0, 1, 1, 1], bool)
-    expected = plainly(rows, 20.0, bag_B, mask_B)
+    index_B = np.array([7, 1, 7, 3, 4, 5, 6, 2])
+    expected = plainly(rows, 20.0, bag_B, mask_B, index_B)
     for form, by_hand_BK in zip(("log", "accuracy"), expected, strict=True):
         found = self_retrieval(
             *(jnp.asarray(rows[name]) for name in ("caption", "image")),
@@ -65,6 +67,7 @@ def test_bags_masks_and_negatives_as_computed_plainly():
             form=form,
             bag_B=jnp.asarray(bag_B),
             mask_B=jnp.asarray(mask_B),
+            index_B=jnp.asarray(index_B),
             negative_BMD=jnp.asarray(rows["negative"]),
         )
         assert jnp.isfinite(found).all()
@@ -103,6 +106,22 @@ def test_equal_images_are_misses():
     assert (reward(rows, negative_BMD=negative_BMD) <= -np.log(2) + 1e-5).all()
 
 
+def test_an_image_that_is_there_twice_is_no_rival_of_itself():
+    """Of two images, one of them twice: log p is that of the two alone, and a hit a hit."""
+    rows = drawn(3, K=2)
+    rows["image"][2] = rows["image"][0]
+    caption_BKD, image_BD = rows["caption"], rows["image"]
+    once = {name: x[:2] for name, x in rows.items()}
+    index_B = jnp.array([5, 8, 5])
+    apart = caption_BKD[[0, 2]] @ (image_BD[0] - image_BD[1])
+    found = reward(rows, scale=10.0, index_B=index_B)
+    np.testing.assert_allclose(found[jnp.array([0, 2])], -np.log1p(np.exp(-10 * apart)), atol=2e-5)
+    hits = reward(rows, form="accuracy", index_B=index_B)
+    np.testing.assert_array_equal(hits[:1], reward(once, form="accuracy")[:1])
+    assert hits[0].any() and not reward(rows, form="accuracy")[0].any()
+    np.testing.assert_array_equal(reward(rows, index_B=jnp.zeros(3, jnp.int32)), 0)
+
+
 @functools.partial(jax.jit, static_argnames="form")
 def of_batch(batch, form):
     return self_retrieval(
@@ -112,6 +131,7 @@ def of_batch(batch, form):
         form=form,
         bag_B=batch["bag"],
         mask_B=batch["mask"],
+        index_B=batch["index"],
         negative_BMD=batch["negative"],
     )
 
@@ -119,7 +139,8 @@ def of_batch(batch, form):
 def test_eight_devices_as_one():
     rows = drawn(16)
     rows |= {"bag": np.arange(16, dtype=np.int32) // 5, "mask": np.arange(16) != 3}
-    expected = plainly(rows, 20.0, rows["bag"], rows["mask"])
+    rows["index"] = np.arange(16, dtype=np.int32) // 2
+    expected = plainly(rows, 20.0, rows["bag"], rows["mask"], rows["index"])
     mesh = make_mesh(MeshShape(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
         batch = place_batch(mesh, rows)

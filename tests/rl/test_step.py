@@ -70,28 +70,44 @@ def step_of(policy, tx=None, sampling=Sampling(num_samples=4), **fields):  # noq
     return make_step(MODEL, policy, sampling, rewards, tx, **fields), tx
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_probabilities_are_those_sampled_from(temperature):
+def by_hand(params, images, tokens_BKL, prefix=(), temperature=1.0):
+    """(log p of tokens that stand behind the prefix, all of their distributions), from logits."""
+    B, K, P = len(images), tokens_BKL.shape[1], len(prefix)
+    front = jnp.broadcast_to(jnp.array(prefix, jnp.int32), (B, K, P))
+    text_RT = jnp.concatenate([front, tokens_BKL], 2).reshape(B * K, -1)
+    read_RT = jnp.concatenate([jnp.zeros_like(text_RT[:, :1]), text_RT[:, :-1]], 1)
+    memory = jnp.repeat(MODEL.encode(params, images), K, 0)
+    logits = MODEL.logits(params, MODEL.hidden(params, read_RT, memory))[:, P:, :VOCAB_SIZE]
+    logprobs = jax.nn.log_softmax(logits / temperature)
+    of_text = jnp.take_along_axis(logprobs, text_RT[:, P:, None], 2)
+    return of_text.reshape(tokens_BKL.shape), logprobs
+
+
+@pytest.mark.parametrize(("temperature", "prefix"), [(1.0, ()), (0.5, ()), (0.5, (3, 9))])
+def test_probabilities_are_those_sampled_from(temperature, prefix):
     memory = MODEL.encode(params(), batch()["image"])
     mask = jnp.arange(8) < 7
     made = sample(
         MODEL, params(), memory, jnp.arange(8), mask, jax.random.key(1),
-        num_samples=3, temperature=temperature,
+        num_samples=3, temperature=temperature, prefix=prefix,
     )  # fmt: skip
-    again, hidden = token_logprobs(MODEL, params(), memory, made.tokens_BKL, temperature)
+    again, hidden = token_logprobs(MODEL, params(), memory, made.tokens_BKL, temperature, prefix)
     np.testing.assert_allclose(again, made.logprobs_BKL, atol=2e-5)
+    found, logprobs = by_hand(params(), batch()["image"], made.tokens_BKL, prefix, temperature)
+    is_token = made.tokens_BKL != 0
+    np.testing.assert_allclose(jnp.where(is_token, found, 0), made.logprobs_BKL, atol=2e-5)
+    assert made.tokens_BKL.shape == (8, 3, L - len(prefix))
     assert not made.tokens_BKL[7].any() and made.tokens_BKL[:7, :, 0].all()
-    logits = MODEL.logits(params(), hidden)[..., :VOCAB_SIZE] / temperature
-    probabilities = jax.nn.softmax(logits)
-    entropy = -jnp.sum(probabilities * jnp.log(probabilities), -1)
+    entropy = -jnp.sum(jnp.exp(logprobs) * logprobs, -1)
     found = token_entropy(MODEL, params(), hidden, temperature)
     np.testing.assert_allclose(found, entropy, atol=1e-5)
 
 
-def test_the_gradient_is_that_of_likelihood_weighed_by_advantage():
-    """One update by SGD, against the closed form -A log p over all tokens."""
+@pytest.mark.parametrize("prefix", [(), (3, 9)])
+def test_the_gradient_is_that_of_likelihood_weighed_by_advantage(prefix):
+    """One update by SGD, against the closed form -A log p over all tokens behind the prefix."""
     policy = PolicyGradient(**ALGORITHMS["rloo"])
-    step, tx = step_of(policy, optax.sgd(1.0))
+    step, tx = step_of(policy, optax.sgd(1.0), prefix=prefix)
     rows = batch(is_masked=True)
     state = start(policy, tx)
     captions = jax.jit(step.sampled)(state, rows)
@@ -101,9 +117,7 @@ def test_the_gradient_is_that_of_likelihood_weighed_by_advantage():
     advantage = (reward - reward.mean(1, keepdims=True)) * 4 / 3 * rows["mask"][:, None]
 
     def loss(params):
-        logprobs, _ = token_logprobs(
-            MODEL, params, MODEL.encode(params, rows["image"]), tokens, 1.0
-        )
+        logprobs, _ = by_hand(params, rows["image"], tokens, prefix)
         is_token = (tokens != 0) & rows["mask"][:, None, None]
         return -jnp.sum(jnp.where(is_token, advantage[:, :, None] * logprobs, 0)) / is_token.sum()
 
