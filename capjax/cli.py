@@ -111,6 +111,14 @@ COMMANDS = {
             "capjax report --workdir=runs/cap --workdir=runs/cappa --output=both.html",
         ),
     ),
+    "doctor": Command(
+        "Check this machine, or several as one: devices, collectives, storage, signals.",
+        True,
+        (
+            "capjax doctor --workdir=runs",
+            "capjax doctor --workdir=runs --num_cpu_devices=4",
+        ),
+    ),
     "checkpoint": Command(
         "List the checkpoints of a run, or verify every byte of them.",
         True,
