@@ -1,7 +1,7 @@
 """`capjax <command>`: finds the command, turns errors into one line, and sets the exit status.
 
-0 success; 1 something failed; 2 the input is wrong; 130 interrupted. Only the command asked for is
-imported, and JAX only when it runs.
+0 success; 1 something failed; 2 the input is wrong; 75 stopped by a signal, and the same command
+goes on; 130 interrupted by ^C. Only the command asked for is imported, and JAX only when it runs.
 """
 
 import argparse
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import capjax
-from capjax.commands import runtime
-from capjax.errors import UserError, did_you_mean
+from capjax.commands import distributed, runtime
+from capjax.errors import RunAgain, UserError, did_you_mean
 
 
 class Command(NamedTuple):
@@ -111,6 +111,14 @@ COMMANDS = {
             "capjax report --workdir=runs/cap --workdir=runs/cappa --output=both.html",
         ),
     ),
+    "doctor": Command(
+        "Check this machine, or several as one: devices, collectives, storage, signals.",
+        True,
+        (
+            "capjax doctor --workdir=runs",
+            "capjax doctor --workdir=runs --num_cpu_devices=4",
+        ),
+    ),
     "checkpoint": Command(
         "List the checkpoints of a run, or verify every byte of them.",
         True,
@@ -135,26 +143,35 @@ PREFIX = "--config."
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line (default: this process's); returns the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
+    status, line = _answer(sys.argv[1:] if argv is None else argv)
+    distributed.leave(status, line)
+    return status
+
+
+def _answer(argv: list[str]) -> tuple[int, str]:
+    """Runs it. Returns the exit status, and the line that was printed of an error."""
     verbose = "--verbose" in argv
     args = None
     try:
         name, rest = _split_command([arg for arg in argv if arg != "--verbose"])
         if name is None:
-            return 0
+            return 0, ""
         module = importlib.import_module(f"capjax.commands.{name}")
         args = parse(name, module, rest)
         status = module.run(args)
         sys.stdout.flush()
-        return status or 0
+        return status or 0, ""
     except UserError as error:
         return _report(str(error), 2, verbose)
+    except RunAgain as stop:
+        return _report(str(stop), stop.status, verbose, kind="")
     except KeyboardInterrupt:
         return _report("interrupted", 130, verbose)
     except BrokenPipeError:  # the reader of our output (say, `head`) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return 1, "its output is closed"
     except Exception as error:
+        distributed.wait_for_death()
         _log_traceback(getattr(args, "workdir", None))
         text = str(error).strip()
         line = f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
@@ -258,7 +275,7 @@ def _help() -> str:
             f"  {COMMANDS['train'].examples[0]}",
             f"  {COMMANDS['report'].examples[0]}",
             "",
-            "exit status: 0 success, 1 failure, 2 wrong input, 130 interrupted",
+            "exit status: 0 success, 1 failure, 2 wrong input, 75 stopped (run again), 130 by ^C",
         ]
     )
 
@@ -280,12 +297,12 @@ def _take_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
     return rest, overrides
 
 
-def _report(line: str, status: int, verbose: bool) -> int:
+def _report(line: str, status: int, verbose: bool, kind: str = "error: ") -> tuple[int, str]:
     """One line on stderr, under the traceback where the user asked for it."""
     if verbose:
         traceback.print_exc()
-    print(f"capjax: error: {line}", file=sys.stderr)
-    return status
+    print(f"capjax: {kind}{line}", file=sys.stderr)
+    return status, line
 
 
 def _log_traceback(workdir: str | None) -> None:

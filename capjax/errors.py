@@ -1,4 +1,4 @@
-"""The one exception that means: the user's input is wrong, and here is the mend."""
+"""The exceptions that are answers: the input is wrong, or the run was asked to stop."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,6 +9,21 @@ class UserError(Exception):
 
     `capjax` prints it without a traceback and exits with status 2.
     """
+
+
+class RunAgain(BaseException):
+    """A process was asked to stop before its end; the same command goes on from what it kept.
+
+    `capjax` prints the message and exits with `status`: 75 (EX_TEMPFAIL of sysexits, "try again"),
+    upon which launchers start it anew, or 130 after ^C. No `Exception`: a signal may raise it
+    within any line, and nobody there is to take it for an error of theirs.
+    """
+
+    status = 75
+
+    def __init__(self, line: str, status: int = 75):
+        self.status = status
+        super().__init__(line)
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

@@ -89,11 +89,13 @@ def run(args: argparse.Namespace) -> None:
 
     runtime.start(args)
     from capjax.commands.caption_job import CaptionJob
+    from capjax.training.stopping import end_cleanly
 
     job = CaptionJob(
         args, source, options, filters, all_full=not is_file or args.shard_size < len(source)
     )
-    if is_file:
-        job.to_file(output)
-    else:
-        job.to_directory(output, share)
+    with end_cleanly():
+        if is_file:
+            job.to_file(output)
+        else:
+            job.to_directory(output, share)

@@ -15,7 +15,7 @@ def run(args: argparse.Namespace) -> None:
     from capjax.commands import runtime
 
     splits = _splits(args.split)
-    runtime.start(args)
+    runtime.start(args, alike={})
 
     import jax
     from etils import epath
@@ -31,6 +31,7 @@ def run(args: argparse.Namespace) -> None:
     from capjax.data.sources import open_source
     from capjax.decoding.load import load
     from capjax.mesh import check_batch_size
+    from capjax.training.stopping import end_cleanly
 
     root = epath.Path(args.workdir).expanduser()
     loaded = load(root, args.step)
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
     )
     model = loaded.on_mesh(mesh)
     found: dict[str, dict[str, float]] = {}
-    with contextlib.ExitStack() as stack:
+    with end_cleanly(), contextlib.ExitStack() as stack:
         # What was measured is said and kept, whatever becomes of the rest.
         stack.callback(lambda: any(found.values()) and _say(_table(found, loaded.step)))
         keep = _keeper(root, loaded.step, stack, evaluation.unwritten)

@@ -26,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Checks all that can be checked before the first byte is written, then trains."""
-    from capjax.commands import runtime, settings
+    import contextlib
+
+    from capjax.commands import distributed, runtime, settings
 
     overrides = [*args.overrides]
     overrides += [f"--config.warm_start.path={args.checkpoint}"] * bool(args.checkpoint)
@@ -39,17 +41,24 @@ def run(args: argparse.Namespace) -> None:
             f"--config={args.config} is one of `capjax train`; reinforcement starts from "
             "capjax.commands.reinforce_config, as configs/emoji_reinforce.py does"
         )
-    with runtime.rarer_collections():
-        runtime.start(args)
+    with contextlib.ExitStack() as stack:
+        with runtime.rarer_collections():
+            runtime.start(args, settings.flatten(settings.resolved_dict(config)))
+            peers = distributed.peers()
 
-        from capjax.commands.reinforce_config import reinforce_config
-        from capjax.commands.reinforce_plan import build_reinforcement
-        from capjax.commands.train import check_schedule, train_run
-        from capjax.data.layouts import without_caches
-        from capjax.training.workdir import open_workdir
+            from capjax.training.stopping import StopSignals
 
-        plan = build_reinforcement(config, args.workdir)
-    check_schedule(plan.config, args.workdir)
-    resolved, defaults = (settings.resolved_dict(x) for x in (plan.config, reinforce_config()))
-    with open_workdir(args.workdir, resolved, MAY_CHANGE, without_caches, defaults) as workdir:
-        train_run(plan, workdir)
+            stack.enter_context(StopSignals(peers))
+            from capjax.commands.reinforce_config import reinforce_config
+            from capjax.commands.reinforce_plan import build_reinforcement
+            from capjax.commands.train import check_schedule, train_run
+            from capjax.data.layouts import without_caches
+            from capjax.training.workdir import open_workdir
+
+            plan = build_reinforcement(config, args.workdir)
+        check_schedule(plan.config, args.workdir)
+        resolved, defaults = (settings.resolved_dict(x) for x in (plan.config, reinforce_config()))
+        workdir = stack.enter_context(
+            open_workdir(args.workdir, resolved, MAY_CHANGE, without_caches, defaults)
+        )
+        train_run(plan, workdir, peers)

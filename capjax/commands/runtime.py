@@ -9,10 +9,11 @@ import contextlib
 import gc
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from capjax.commands import distributed
 from capjax.data.files import user_cache
 from capjax.errors import UserError
 
@@ -29,17 +30,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR|none",
         help="where compiled programs are kept (default: the user's cache directory)",
     )
-    group = parser.add_argument_group("several processes (the same command in each)")
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
-    group.add_argument("--num_processes", type=int, metavar="N")
-    group.add_argument("--process_id", type=int, metavar="I", help="this one: 0 to N - 1")
+    distributed.add_arguments(parser)
 
 
-def start(args: argparse.Namespace) -> None:
-    """Sets JAX up. Raises `UserError` where the devices or the cache asked for cannot be had."""
+def start(args: argparse.Namespace, alike: Mapping[str, Any] | None = None) -> None:
+    """Sets JAX up. Raises `UserError` where the devices or the cache asked for cannot be had.
+
+    `alike` is given by commands that several processes run as one: what must be the same in all of
+    them besides the flags, such as a config's fields. Those find out whether they are several.
+    """
     if args.num_cpu_devices is not None and args.num_cpu_devices < 1:
         raise UserError(f"--num_cpu_devices={args.num_cpu_devices}: expected at least 1")
-    distributed = _distributed(args)
+    place = distributed.find_place(args, together=alike is not None)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # C++ warnings that a user cannot act on
     import jax
     from absl import flags, logging
@@ -57,8 +59,8 @@ def start(args: argparse.Namespace) -> None:
         jax.config.update("jax_compilation_cache_dir", str(directory))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    if distributed is not None:
-        jax.distributed.initialize(**distributed)
+    if place is not None:
+        distributed.connect(place, args, alike or {})
     try:
         jax.devices()
     except RuntimeError as error:
@@ -67,23 +69,8 @@ def start(args: argparse.Namespace) -> None:
             f"--platform={asked}: JAX finds no such device here; try --platform=cpu, "
             f"or install capjax[cuda] or capjax[tpu] ({str(error).splitlines()[0]})"
         ) from error
-
-
-def _distributed(args: argparse.Namespace) -> dict[str, Any] | None:
-    """The arguments of `jax.distributed.initialize`; None for a process that is alone."""
-    given = {
-        "coordinator_address": args.coordinator,
-        "num_processes": args.num_processes,
-        "process_id": args.process_id,
-    }
-    if all(value is None for value in given.values()):
-        return None
-    if None in given.values() or not 0 <= args.process_id < args.num_processes:
-        raise UserError(
-            f"--coordinator={args.coordinator} --num_processes={args.num_processes} "
-            f"--process_id={args.process_id}: give all three, the id from 0 to the number less 1"
-        )
-    return given
+    if place is not None:
+        distributed.check_devices()
 
 
 def compile_cache(asked: str | None) -> Path | None:

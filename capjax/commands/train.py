@@ -33,23 +33,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Checks all that can be checked before the first byte is written, then trains."""
-    from capjax.commands import runtime, settings
+    import contextlib
+
+    from capjax.commands import distributed, runtime, settings
 
     config = settings.load_config(args.config, args.overrides)
     settings.check_supervised(config, args.config)
-    with runtime.rarer_collections():
-        runtime.start(args)
+    with contextlib.ExitStack() as stack:
+        with runtime.rarer_collections():
+            runtime.start(args, settings.flatten(settings.resolved_dict(config)))
+            peers = distributed.peers()
 
-        from capjax.commands.build import build_run
-        from capjax.commands.defaults import default_config
-        from capjax.data.layouts import without_caches
-        from capjax.training.workdir import open_workdir
+            from capjax.training.stopping import StopSignals
 
-        plan = build_run(config, args.workdir)
-    check_schedule(config, args.workdir)
-    resolved, defaults = (settings.resolved_dict(x) for x in (config, default_config()))
-    with open_workdir(args.workdir, resolved, MAY_CHANGE, without_caches, defaults) as workdir:
-        train_run(plan, workdir)
+            stack.enter_context(StopSignals(peers))
+            from capjax.commands.build import build_run
+            from capjax.commands.defaults import default_config
+            from capjax.data.layouts import without_caches
+            from capjax.training.workdir import open_workdir
+
+            plan = build_run(config, args.workdir)
+        check_schedule(config, args.workdir)
+        resolved, defaults = (settings.resolved_dict(x) for x in (config, default_config()))
+        workdir = stack.enter_context(
+            open_workdir(args.workdir, resolved, MAY_CHANGE, without_caches, defaults)
+        )
+        train_run(plan, workdir, peers)
 
 
 def check_schedule(config, workdir: str) -> None:
@@ -73,8 +82,11 @@ def check_schedule(config, workdir: str) -> None:
     check_appended(schedule, config.data.schedule, seen)
 
 
-def train_run(plan, workdir) -> None:
-    """Restores or starts the state, trains to the end, and writes the summary of the run."""
+def train_run(plan, workdir, peers=None) -> None:
+    """Restores or starts the state, trains to the end, and writes the summary of the run.
+
+    Raises `Stopped` where `peers` (default: alone) agreed to stop before the end.
+    """
     import contextlib
     import functools
     import json
@@ -88,11 +100,12 @@ def train_run(plan, workdir) -> None:
     from capjax.training.bad_records import BadRecords
     from capjax.training.loop import train
     from capjax.training.metrics import make_writers
+    from capjax.training.peers import Peers
     from capjax.training.profile import Tracer
     from capjax.training.progress import Progress
     from capjax.training.workdir import write_atomic
 
-    config, root = plan.config, workdir.path
+    config, root, peers = plan.config, workdir.path, peers or Peers()
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress())
         stack.enter_context(jax.set_mesh(plan.mesh))
@@ -141,6 +154,11 @@ def train_run(plan, workdir) -> None:
             settled = plan.stage.settled(state) if plan.stage else state
             checkpointer.save(step, settled, {"examples_seen": step * config.batch_size})
 
+        def stop(step) -> str:
+            if wanted := peers.stop_before(step):
+                return f"{wanted.reason} after step {step}"
+            return plan.stage.stop() if plan.stage else ""
+
         progress.say(summary.describe(plan))
         _, totals = train(
             state,
@@ -160,7 +178,7 @@ def train_run(plan, workdir) -> None:
             tracer=Tracer(root / "profile", **config.profile),
             flops_per_image=0.0 if plan.stage else plan.towers.flops_per_example(),
             host_metrics=lambda step: bad.metrics(step * config.batch_size),
-            stop=plan.stage.stop if plan.stage else lambda: "",
+            stop=stop,
         )
         bad_counts = bad.count(plan.total_steps * config.batch_size)
         checkpointer.wait()

@@ -33,7 +33,7 @@ from capjax.data.batches import (
 from capjax.data.captions import CaptionChoice
 from capjax.data.curriculum import BagOrder
 from capjax.data.images import ImagePreprocessing
-from capjax.data.processes import die_with_parent
+from capjax.data.processes import die_with_parent, ignore_signals
 from capjax.data.sources import Source
 from capjax.data.synthetic import synthetic_batches
 from capjax.data.tokenizer import Tokenizer
@@ -221,4 +221,5 @@ def _read(
 
 
 def _start_worker(worker_index: int, num_workers: int) -> None:
+    ignore_signals()
     die_with_parent()

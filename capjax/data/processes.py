@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 from multiprocessing import connection
 
@@ -24,3 +25,12 @@ def die_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True, name="capjax-die-with-parent").start()
+
+
+def ignore_signals() -> None:
+    """Leaves it to the parent what a signal to all its processes means: ^C, or a scheduler's.
+
+    A run that stops between two steps still needs its data until then.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

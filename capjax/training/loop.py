@@ -95,7 +95,7 @@ def train(
     tracer: Tracer | None = None,
     flops_per_image: float = 0.0,
     host_metrics: Callable[[int], Mapping[str, SupportsFloat]] = lambda step: {},
-    stop: Callable[[], str] = lambda: "",
+    stop: Callable[[int], str] = lambda step: "",
 ) -> tuple[State, TrainSummary]:
     """Trains from `start_step` updates to `total_steps`; returns the state and a summary.
 
@@ -115,8 +115,8 @@ def train(
       host_metrics: step -> more metrics, asked for whenever `train/...` is written, in every
         process alike.
 
-      stop: asked between steps, in every process alike, why to stop; "" goes on. The state is saved
-        before `Stopped` is raised.
+      stop: step -> why to stop; "" goes on. Asked between steps, in every process alike. The state
+        is saved before `Stopped` is raised.
 
     Raises `NonFiniteLoss` naming the step, with what was saved before it kept. The part between
     evaluations runs under `transfer_guard("disallow")`: implicit transfers are errors there, but
@@ -140,12 +140,12 @@ def train(
             ]
             saving = save if is_due(save_every_steps, step) else None
             tracer.before(step, state)
-            if due or saving or step == total_steps or stop():
+            if due or saving or step == total_steps or stop(step):
                 log.read_late()
             with clock.paused():
                 for evaluator in due:
                     log.evaluated(step, evaluator, state)
-                reason = stop() if step < total_steps else ""
+                reason = stop(step) if step < total_steps else ""
                 if reason:
                     log.read_late()
                 saving = saving or (save if reason and step > start_step else None)

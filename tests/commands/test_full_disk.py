@@ -41,7 +41,7 @@ def measured_already(monkeypatch):
     monkeypatch.setattr(evaluators, "evaluate_likelihood", lambda *_, **__: numbers)
     monkeypatch.setattr(evaluators, "caption_split", lambda *_, **__: [RECORD])
     monkeypatch.setattr(evaluators, "evaluate_retrieval", lambda *_, **__: found)
-    monkeypatch.setattr("capjax.commands.runtime.start", lambda args: None)
+    monkeypatch.setattr("capjax.commands.runtime.start", lambda *args, **kwargs: None)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Two processes train as one does: the same commands, the same losses."""
 
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 
 from capjax.data.sources import open_source
+from tests.commands.conftest import train_losses
+from tests.commands.test_train import wait_for_step
 
 
 def start(workdir, config, *arguments, devices) -> subprocess.Popen:
@@ -23,14 +26,16 @@ def start(workdir, config, *arguments, devices) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def finish(processes: list[subprocess.Popen]) -> None:
+def finish(processes: list[subprocess.Popen], status: int = 0) -> list[str]:
+    """Waits for the status of all, and returns what each printed."""
     try:
         outputs = [process.communicate(timeout=400)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
     for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
+        assert process.returncode == status, output
+    return outputs
 
 
 def metrics(workdir) -> list[dict]:
@@ -60,20 +65,82 @@ def start_two(workdir, config, *overrides) -> list[subprocess.Popen]:
     ]
 
 
+def check_alike(two, one) -> None:
+    """The first six steps, and the evaluation after them."""
+    expected, found = metrics(one), metrics(two)[:7]
+    assert [line.keys() for line in found] == [line.keys() for line in expected]
+    assert len(expected) == 7
+    for line, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(list(line.values()), list(other.values()), rtol=2e-5, atol=1e-7)
+
+
+SIX_STEPS = ("--config.optimizer.schedule=constant", "--config.mesh.fsdp=2")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("overrides", [CAPTIONING, CONTRASTIVE], ids=["cappa", "siglip"])
-def test_two_processes_train_as_one(overrides, tiny_config, tmp_path):
-    overrides = (*overrides, "--config.total_steps=6", "--config.mesh.fsdp=2")
+def test_two_processes_train_two_towers_as_one(tiny_config, tmp_path):
+    overrides = (*CONTRASTIVE, *SIX_STEPS, "--config.total_steps=6")
     one, two = tmp_path / "one", tmp_path / "two"
     finish([start(one, tiny_config, *overrides, devices=4)])
     finish(start_two(two, tiny_config, *overrides))
-    expected, found = metrics(one), metrics(two)
-    assert [line.keys() for line in found] == [line.keys() for line in expected]
-    assert len(expected) == 7  # six steps and the evaluation at the end
-    for line, other in zip(found, expected, strict=True):
-        np.testing.assert_allclose(list(line.values()), list(other.values()), rtol=2e-5, atol=1e-7)
+    check_alike(two, one)
     config = json.loads((two / "config.json").read_text())
     assert config == json.loads((one / "config.json").read_text())
+
+
+EIGHTEEN = (*CAPTIONING, *SIX_STEPS, "--config.total_steps=18", "--config.evaluate.every_steps=6")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_config, tmp_path_factory):
+    """The workdir of two processes that trained for 18 steps; and what they printed."""
+    workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
+    return workdir, finish(start_two(workdir, tiny_config, *EIGHTEEN))
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_captioner_as_one(uninterrupted, tiny_config, tmp_path):
+    workdir, (output, other) = uninterrupted
+    six = (*CAPTIONING, *SIX_STEPS, "--config.total_steps=6")
+    finish([start(tmp_path / "one", tiny_config, *six, devices=4)])
+    check_alike(workdir, tmp_path / "one")
+    lines = [f"process {i} on {socket.gethostname()}: 2 x cpu" for i in range(2)]
+    assert [line for line in output.splitlines() if line in lines] == lines
+    assert "2 x cpu" not in other  # said once
+
+
+@pytest.mark.slow
+def test_a_death_and_a_signal_cost_two_processes_nothing(uninterrupted, tiny_config, tmp_path):
+    workdir, again = tmp_path / "run", (tiny_config, *EIGHTEEN, "--heartbeat_timeout=10")
+    first, second = start_two(workdir, *again)
+    wait_for_step(workdir, 6, first)
+    second.kill()
+    (output,) = finish([first], status=1)
+    second.communicate()
+    assert f"capjax: error: process 1 on {socket.gethostname()} has died;" in output
+
+    processes = start_two(workdir, *again)
+    wait_for_step(workdir, 9, processes[0])
+    processes[1].send_signal(signal.SIGTERM)
+    outputs = finish(processes, status=75)
+    newest = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    assert all(f"stopped by SIGTERM after step {newest}, which is saved" in x for x in outputs)
+
+    finish(start_two(workdir, *again))
+    assert train_losses(workdir) == train_losses(uninterrupted[0])
+
+
+@pytest.mark.slow
+def test_another_configuration_is_refused_before_anything_is_written(tiny_config, tmp_path):
+    first, second = start_two(tmp_path / "run", tiny_config, "--initialization_timeout=100")
+    second.kill()
+    second.communicate()
+    other = [*second.args, "--config.batch_size=32"]
+    second = subprocess.Popen(other, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    outputs = finish([first, second], status=2)
+    for output in outputs:
+        assert "has batch_size=32, process 0 on" in output.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture(scope="module")

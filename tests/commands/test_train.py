@@ -58,13 +58,24 @@ def wait_for_step(workdir, step: int, process) -> None:
     raise AssertionError(f"step {step} never came: {process.poll()}")
 
 
-def test_killed_at_any_moment_it_goes_on_bit_for_bit(tiny_config, reference, workdir):
+def test_killed_or_stopped_at_any_moment_it_goes_on_bit_for_bit(tiny_config, reference, workdir):
     command = ("train", f"--config={tiny_config}", f"--workdir={workdir}")
-    for lines in (3, 9, 16):  # before the first checkpoint, and about the times of later saves
-        process = start(*command)
+    moments = (  # before the first checkpoint, about the times of later saves, and in one of them
+        (3, signal.SIGKILL, -9, 4),
+        (7, signal.SIGTERM, 75, 1),
+        (11, signal.SIGKILL, -9, 4),
+        (14, signal.SIGINT, 130, 4),
+    )
+    for lines, number, status, every in moments:
+        process = start(*command, f"--config.checkpoint.every_steps={every}")
         wait_for_step(workdir, lines, process)
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
+        os.kill(process.pid, number)
+        output, _ = process.communicate()
+        assert process.returncode == status, output
+        if status > 0:
+            newest = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
+            name = signal.Signals(number).name
+            assert f"capjax: stopped by {name} after step {newest}, which is saved" in output
     output = finish(start(*command))
     assert "resuming after step" in output
     assert train_losses(workdir) == train_losses(reference)

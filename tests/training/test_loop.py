@@ -302,7 +302,7 @@ def test_a_stop_saves_the_state_of_its_step():
     asked = iter(["", "", "", "enough", "enough"])  # at the top of steps 0, 1, 2, and then
     with pytest.raises(Stopped, match="enough"):
         run(
-            stop=lambda: next(asked, "enough"),
+            stop=lambda step: next(asked, "enough"),
             save=lambda step, state: saved.append((step, int(state.step))),
             writers=[metrics],
         )
