@@ -191,7 +191,7 @@ def connect(place: Place, args: argparse.Namespace, alike: Mapping[str, Any]) ->
         place.coordinator,
         place.num_processes,
         place.process_id,
-        _text_values(_versions() | {"GPUs": _num_gpus(place)} | flags | dict(alike)),
+        _text_values(_versions() | {"GPUs": _num_gpus(place, args)} | flags | dict(alike)),
         timeout_s=args.initialization_timeout,
         heartbeat_s=float(args.heartbeat_timeout),
     )
@@ -229,8 +229,10 @@ def _versions() -> dict[str, str]:
     return {"capjax": code} | {f"version of {name}": version(name) for name in ("jax", "jaxlib")}
 
 
-def _num_gpus(place: Place) -> int:
+def _num_gpus(place: Place, args: argparse.Namespace) -> int:
     """NVIDIA's that this process will take; a missing driver is known before JAX waits for it."""
+    if "cpu" in (args.platform, os.environ.get("JAX_PLATFORMS")):
+        return 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if place.local_device_ids is not None:
         return len(place.local_device_ids)

@@ -3,11 +3,13 @@
 import argparse
 import os
 import socket
+from types import SimpleNamespace
 
 import pytest
 
 from capjax.commands import distributed, runtime
 from capjax.errors import UserError
+from capjax.training.peers import Peers
 
 OF_CLUSTERS = ("SLURM", "OMPI_", "JAX_", "TPU_", "MEGASCALE", "KUBERNETES", "JOB_", "CUDA_")
 
@@ -145,3 +147,23 @@ def test_the_code_is_compared_by_its_bytes(tmp_path, monkeypatch):
     (tmp_path / "__init__.py").write_text("")
     monkeypatch.setattr("capjax.__file__", str(tmp_path / "__init__.py"))
     assert distributed._versions()["capjax"] != ours
+
+
+def test_other_devices_are_refused_by_name_and_good_ones_are_shown_once(monkeypatch, capfd):
+    def devices(*of_processes: list[str]) -> None:
+        found = [
+            SimpleNamespace(process_index=i, device_kind=kind)
+            for i, kinds in enumerate(of_processes)
+            for kind in kinds
+        ]
+        monkeypatch.setattr("jax.devices", lambda: found)
+
+    monkeypatch.setattr(distributed, "_peers", Peers(hosts=("a", "b")))
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    devices(["H100"] * 8, ["H100"] * 8)
+    distributed.check_devices()
+    assert capfd.readouterr().err == "process 0 on a: 8 x H100\nprocess 1 on b: 8 x H100\n"
+    for other, words in ((["H100"], "1 x H100"), (["A100"] * 8, "8 x A100"), ([], "no devices")):
+        devices(["H100"] * 8, other)
+        with pytest.raises(UserError, match=f"process 1 on b has {words}, process 0 on a has 8 x"):
+            distributed.check_devices()

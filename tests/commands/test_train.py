@@ -61,10 +61,10 @@ def wait_for_step(workdir, step: int, process) -> None:
 def test_killed_or_stopped_at_any_moment_it_goes_on_bit_for_bit(tiny_config, reference, workdir):
     command = ("train", f"--config={tiny_config}", f"--workdir={workdir}")
     moments = (  # before the first checkpoint, about the times of later saves, and in one of them
-        (3, signal.SIGKILL, -9, 4),
-        (7, signal.SIGTERM, 75, 1),
+        (2, signal.SIGKILL, -9, 4),
+        (6, signal.SIGTERM, 75, 1),
         (11, signal.SIGKILL, -9, 4),
-        (14, signal.SIGINT, 130, 4),
+        (17, signal.SIGINT, 130, 4),
     )
     for lines, number, status, every in moments:
         process = start(*command, f"--config.checkpoint.every_steps={every}")
