@@ -44,6 +44,7 @@ from capjax.rl.reward_terms import HOST, TOWER_TOKENS, build_rewards
 from capjax.rl.rollout import Rollout
 from capjax.rl.state import reinforce_state
 from capjax.rl.step import Step, make_step
+from capjax.training.health import Health
 from capjax.training.lora import merge
 from capjax.training.optimizer import OptimizerConfig, make_optimizer
 from capjax.training.state import init_state
@@ -86,6 +87,7 @@ def build_reinforcement(config: ConfigDict, workdir: str) -> Plan:
         abstract_state=abstract_state,
         abstract_inputs=lambda: (abstract_state, ()),
         train_step=step.whole,
+        health=from_dataclass_kwargs(Health, config.health, "health"),
         stage=program.stage(),
     )
 

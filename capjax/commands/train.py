@@ -10,6 +10,7 @@ MAY_CHANGE = (
     "reading.*",
     "mesh.*",
     "profile.*",
+    "health.*",
     "tensorboard",
     "wandb_project",
     "data.bad_budget",
@@ -86,6 +87,7 @@ def train_run(plan, workdir) -> None:
     from capjax.commands.evaluators import build_evaluators
     from capjax.mesh import place_batch
     from capjax.training.bad_records import BadRecords
+    from capjax.training.health import Monitor
     from capjax.training.loop import train
     from capjax.training.metrics import make_writers
     from capjax.training.profile import Tracer
@@ -114,9 +116,9 @@ def train_run(plan, workdir) -> None:
         )
         restored = checkpointer.restore_latest(plan.abstract_state)
         if restored is None:
-            start_step, state = 0, first_state(plan, progress.say)
+            start_step, state, extra = 0, first_state(plan, progress.say), {}
         else:
-            start_step, state, _ = restored
+            start_step, state, extra = restored
             progress.say(f"resuming after step {start_step} in {root}")
             kept = step_directory(root / "checkpoints", start_step)
             if other := summary.other_pixels(plan, kept):
@@ -137,9 +139,12 @@ def train_run(plan, workdir) -> None:
         for writer in writers:
             stack.callback(writer.close)
 
+        monitor = Monitor(plan.health, extra.get("health"))
+
         def save(step, state) -> None:
             settled = plan.stage.settled(state) if plan.stage else state
-            checkpointer.save(step, settled, {"examples_seen": step * config.batch_size})
+            kept = {"examples_seen": step * config.batch_size, "health": monitor.state()}
+            checkpointer.save(step, settled, kept)
 
         progress.say(summary.describe(plan))
         _, totals = train(
@@ -161,6 +166,7 @@ def train_run(plan, workdir) -> None:
             flops_per_image=0.0 if plan.stage else plan.towers.flops_per_example(),
             host_metrics=lambda step: bad.metrics(step * config.batch_size),
             stop=plan.stage.stop if plan.stage else lambda: "",
+            monitor=monitor,
         )
         bad_counts = bad.count(plan.total_steps * config.batch_size)
         checkpointer.wait()
