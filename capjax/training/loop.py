@@ -19,6 +19,7 @@ from capjax.dims import Batch, Metrics
 from capjax.errors import UserError
 from capjax.training.health import Health, Monitor, NonFiniteLoss
 from capjax.training.metrics import MetricWriter
+from capjax.training.phases import Phases
 from capjax.training.profile import Tracer
 from capjax.training.progress import (
     Progress,
@@ -28,6 +29,7 @@ from capjax.training.progress import (
     process_age_s,
     progress_line,
 )
+from capjax.training.spikes import Spiked
 
 State = TypeVar("State")
 
@@ -85,6 +87,7 @@ def train(
     host_metrics: Callable[[int], Mapping[str, SupportsFloat]] = lambda step: {},
     stop: Callable[[], str] = lambda: "",
     monitor: Monitor | None = None,
+    phases: Phases | None = None,
 ) -> tuple[State, TrainSummary]:
     """Trains from `start_step` updates to `total_steps`; returns the state and a summary.
 
@@ -107,6 +110,7 @@ def train(
         before `Stopped` is raised.
       monitor: sees the metrics of every step and says which are too wrong to go on; without one
         that is the first that is not finite.
+      phases: is told what the loop is at.
 
     Raises what the monitor found, with what was saved before it kept. The part between
     evaluations runs under `transfer_guard("disallow")`: implicit transfers are errors there, but
@@ -118,6 +122,9 @@ def train(
     log.flops_per_image, log.peak = flops_per_image, peak_flops(_devices(state))
     log.host_metrics = host_metrics
     log.monitor = monitor or Monitor(Health(max_skipped_in_a_row=0))
+    log.phases = phases = phases or Phases()
+    phases.step = start_step
+    phases.enter("step")
 
     def is_due(every_steps: int, step: int) -> bool:
         at_mark = every_steps > 0 and step % every_steps == 0
@@ -143,20 +150,22 @@ def train(
                 if saving:
                     log.saved(step, saving, state)
             if reason:
-                wait_for_saves()
+                with phases.during("save"):
+                    wait_for_saves()
                 raise Stopped(reason)
             if step == total_steps:
                 break
             with jax.transfer_guard("disallow"):
-                with clock.waiting():
+                with clock.waiting(), phases.during("data"):
                     rows = _draw(batches, step)
                 batch = place(rows)
                 with log.launching(step):
                     state, metrics = train_step(state, batch)
                 log.read_late()  # of the step before, while this one runs
             log.late = (step + 1, metrics)
-    except NonFiniteLoss:
-        wait_for_saves()
+    except (NonFiniteLoss, Spiked):
+        with phases.during("save"):
+            wait_for_saves()
         raise
     finally:
         tracer.close()
@@ -189,6 +198,7 @@ class _Log:
     peak: float | None = None
     host_metrics: Callable[[int], Mapping[str, SupportsFloat]] = lambda step: {}
     monitor: Monitor = dataclasses.field(default_factory=lambda: Monitor(Health()))
+    phases: Phases = dataclasses.field(default_factory=Phases)
     late: tuple[int, Metrics] | None = None
     saved_step: int | None = None
     last_step: int = 0
@@ -212,7 +222,8 @@ class _Log:
                 yield
                 return
             begin = time.monotonic()
-            with self.progress.doing("compiling the training step"), jax.transfer_guard("allow"):
+            doing = self.progress.doing("compiling the training step")
+            with self.phases.during("compile"), doing, jax.transfer_guard("allow"):
                 yield
             self.compile_s = time.monotonic() - begin
 
@@ -223,6 +234,7 @@ class _Log:
         (step, metrics), self.late = self.late, None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.clock.finished(step)
+        self.phases.finished(step)
         self.last_step, self.loss = step, values["loss"]
         if self.first_step_s is None:
             self.first_step_s = process_age_s()
@@ -267,15 +279,17 @@ class _Log:
 
     def evaluated(self, step: int, evaluator: Evaluator, state: Any) -> None:
         """Runs an evaluator and writes what it finds."""
-        with self.progress.doing(f"evaluating {evaluator.name} at step {step}"):
+        doing = self.progress.doing(f"evaluating {evaluator.name} at step {step}")
+        with self.phases.during("evaluation"), doing:
             values = evaluator.run(state, step)
         self.write(step, f"eval/{evaluator.name}/", values)
 
     def saved(self, step: int, save: Callable[[int, Any], None], state: Any) -> None:
         """Saves the state, after the metrics up to it are where a kill leaves them."""
-        for writer in self.writers:
-            writer.flush()
-        save(step, state)
+        with self.phases.during("save"):
+            for writer in self.writers:
+                writer.flush()
+            save(step, state)
         self.saved_step = step
 
     def summary(self) -> TrainSummary:

@@ -8,6 +8,7 @@ import pytest
 
 from capjax.errors import UserError
 from capjax.training.health import Health, Monitor, NonFiniteLoss
+from capjax.training.spikes import Spiked
 
 
 def see_all(monitor, losses, start=0):
@@ -65,10 +66,33 @@ def test_a_resumed_run_sees_what_the_whole_one_does():
         assert [str(s) for s in rest] == [str(s) for s in whole[cut:]]
 
 
+def test_the_counts_of_spikes_and_what_follows_them():
+    values = [{"loss": 1.0 + 0.01 * (step % 3)} for step in range(20)] + [{"loss": 2.0}]
+    for action in ("none", "warn", "rollback"):
+        monitor = Monitor(Health(spike_action=action, spike_window=16))
+        *before, last = [monitor.see(step, line, None) for step, line in enumerate(values, 1)]
+        assert not any(seen.is_wrong for seen in before)
+        assert last.is_wrong == (action != "none")
+        assert last.metrics.get("spikes") == {"none": None}.get(action, 1)
+        assert len(last.notes) == (action == "warn")
+        assert isinstance(last.error, Spiked) == (action == "rollback")
+        assert action == "none" or "loss=2 is beyond" in f"{last.notes}{last.error}"
+    # Where steps that are not finite would end the run, it goes back as well.
+    monitor = Monitor(Health(spike_action="rollback", max_skipped_in_a_row=0))
+    assert isinstance(see_all(monitor, [1.0, math.nan])[-1].error, Spiked)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("max_skipped_in_a_row", -1), ("skipped_window", 0), ("max_skipped_share", 1.5)],
+    [
+        ("max_skipped_in_a_row", -1),
+        ("skipped_window", 0),
+        ("max_skipped_share", 1.5),
+        ("watchdog_s", -1.0),
+        ("spike_action", "stop"),
+        ("rollback_steps", 0),
+    ],
 )
 def test_what_makes_no_sense_is_refused(field, value):
-    with pytest.raises(UserError, match=f"health.{field}={value}: expected"):
+    with pytest.raises(UserError, match=f"health.{field}={value!r}: (expected|choose)"):
         Health(**{field: value})
