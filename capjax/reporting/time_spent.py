@@ -14,7 +14,7 @@ _PHASES = {
     "save": ("saving", 4),
     "compile": ("compiling", 3),
     "init": ("starting", 7),
-    "lost": ("done again after a kill", 1),
+    "lost": ("lost (done again)", 1),
 }
 
 

@@ -11,7 +11,6 @@ import faulthandler
 import os
 import threading
 import time
-from pathlib import Path
 from typing import NoReturn
 
 from capjax.training.phases import Phases
@@ -45,7 +44,7 @@ class Watchdog:
         phases: Phases,
         limit_s: float,
         slow_limit_s: float,
-        file: Path | None,
+        file: str | os.PathLike | None,
         *,
         process_index: int = 0,
         process_count: int = 1,

@@ -90,4 +90,4 @@ def test_every_second_of_a_run_is_on_its_page(tmp_path, make_run):
     assert "goodput <b>33.3 %</b> of 10:00 in 2 launches, 1:00 between them" in text
     shares = [float(share) for share in re.findall(r"flex-grow: ([\d.]+)", text)]
     assert sum(shares) == pytest.approx(1, abs=1e-5) and len(shares) == 7
-    assert re.search(r"done again after a kill</th><td>2:50</td><td>28.3 %", text)
+    assert re.search(r"lost \(done again\)</th><td>2:50</td><td>28.3 %", text)
