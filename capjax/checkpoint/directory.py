@@ -84,6 +84,13 @@ def prune(directory: epath.Path, keep: int, keep_every_steps: int) -> None:
                 _delete(_hide(step_directory(directory, step)))
 
 
+def discard_after(directory: epath.Path, step: int) -> None:
+    """Deletes the checkpoints of later steps, the newest first."""
+    for later in reversed(list_steps(directory)):
+        if later > step:
+            _delete(_hide(step_directory(directory, later)))
+
+
 def set_aside(directory: epath.Path, step: int) -> epath.Path:
     """Renames a damaged checkpoint, so that its step can be saved anew; returns where it is."""
     final = step_directory(directory, step)

@@ -33,6 +33,7 @@ from capjax.data.tokenizer import Tokenizer
 from capjax.errors import UserError, did_you_mean
 from capjax.models.towers import Towers
 from capjax.objectives.combined import Objectives
+from capjax.training.health import Health
 from capjax.training.lora import LoRA
 from capjax.training.state import TrainState
 from capjax.training.warm_start import WarmStart
@@ -92,6 +93,7 @@ class Plan(NamedTuple):
     abstract_state: TrainState
     abstract_inputs: Callable[[], tuple]  # what `train_step` takes, as types on the mesh
     train_step: Callable
+    health: Health = Health()
     lora: LoRA = LoRA()  # how parameters are merged before they are used
     stage: "Stage | None" = None  # None: the supervised one
 
@@ -103,6 +105,7 @@ def build_run(config: ConfigDict, workdir: str) -> Plan:
     data, augment = build_data(config), from_dataclass_kwargs(Augment, config.augment, "augment")
     source = build_source(config)
     splits, measures = open_splits(config), build_measures(config)
+    health = from_dataclass_kwargs(Health, config.health, "health")
     kept = epath.Path(workdir).expanduser() / "tokenizer.model"
     tokenizer = build_tokenizer(config, source, kept)
     program = build_program(
@@ -132,6 +135,7 @@ def build_run(config: ConfigDict, workdir: str) -> Plan:
         abstract_state=program.abstract_state,
         abstract_inputs=program.abstract_inputs,
         train_step=program.train_step,
+        health=health,
     )
 
 

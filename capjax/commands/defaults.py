@@ -209,6 +209,24 @@ def default_config() -> ConfigDict:
 
     config.checkpoint = ConfigDict({"every_steps": 1000, "keep": 3})
     config.log_every_steps = 10
+    # What is done about numbers that go wrong (see `capjax.training.health`, docs/reliability.md).
+    config.health = ConfigDict(
+        {
+            "max_skipped_in_a_row": 10,
+            "max_skipped_share": 0.1,
+            "skipped_window": 200,
+            "spike_action": "none",
+            "spike_metrics": ("loss", "grad_norm"),
+            "spike_window": 128,
+            "spike_factor": 6.0,
+            "rollback_steps": 10,
+            "max_rollbacks": 3,
+            "watchdog_s": 1800.0,
+            "watchdog_slow_s": 21_600.0,
+            "memory_share": 0.9,
+            "data_wait_share": 0.25,
+        }
+    )
     # During training `max_examples` of each split are used; at the end all of them. `references`:
     # their sources of captions, where these are not those of `captions.sources`. Beside
     # likelihood, captions and retrieval: `probes` on frozen features, which learn from

@@ -36,6 +36,7 @@ from capjax.commands.reinforce_trial import try_functions
 from capjax.commands.settings import from_dataclass_kwargs
 from capjax.data.augmentation import Augment
 from capjax.data.pipeline import train_batches
+from capjax.errors import UserError
 from capjax.mesh import BATCH, place_batch, place_tree, reshard
 from capjax.models.towers import Towers
 from capjax.objectives.captioning_objective import CaptioningObjective
@@ -45,6 +46,7 @@ from capjax.rl.reward_terms import HOST, TOWER_TOKENS, build_rewards
 from capjax.rl.rollout import Rollout
 from capjax.rl.state import reinforce_state
 from capjax.rl.step import Step, make_step
+from capjax.training.health import Health
 from capjax.training.lora import merge
 from capjax.training.optimizer import OptimizerConfig, make_optimizer
 from capjax.training.state import init_state
@@ -61,6 +63,12 @@ def build_reinforcement(config: ConfigDict, workdir: str) -> Plan:
     config = parts.config
     augment = from_dataclass_kwargs(Augment, config.augment, "augment")
     towers = Towers(captioner=parts.model)
+    health = from_dataclass_kwargs(Health, config.health, "health")
+    if health.spike_action == "rollback":
+        raise UserError(
+            "health.spike_action=rollback: a loss of reinforcement swings about 0 and has no "
+            "spikes; set alarms.action, or spike_action=warn"
+        )
     optimizer, total_steps = _durations(parts)
     adapted = adapt(config, towers, optimizer)
     tx, step = _build_step(parts, adapted, total_steps)
@@ -87,6 +95,7 @@ def build_reinforcement(config: ConfigDict, workdir: str) -> Plan:
         abstract_state=abstract_state,
         abstract_inputs=lambda: (abstract_state, ()),
         train_step=step.whole,
+        health=health,
         stage=program.stage(),
     )
 

@@ -15,9 +15,10 @@ from capjax.commands.build import Plan
 from capjax.commands.settings import resolved_dict
 from capjax.commands.warm_tokens import BY_TOKEN
 from capjax.errors import UserError
+from capjax.training.goodput import LOST, TimeSpent
 from capjax.training.loop import TrainSummary
 from capjax.training.lora import LORA
-from capjax.training.progress import process_age_s
+from capjax.training.progress import duration, process_age_s
 from capjax.training.warm_start import POSITIONS
 
 
@@ -104,14 +105,20 @@ def devices() -> str:
     return " + ".join(f"{count} x {kind}" for kind, count in kinds.items())
 
 
-def run_summary(plan: Plan, summary: TrainSummary, bad: dict[str, int]) -> dict[str, Any]:
-    """The facts of `summary.json`, JSON values all. Rates are of this process's lifetime."""
+def run_summary(
+    plan: Plan, summary: TrainSummary, bad: dict[str, int], spent: TimeSpent
+) -> dict[str, Any]:
+    """The facts of `summary.json`, JSON values all.
+
+    Rates are of this process's lifetime; the time spent is that of all launches.
+    """
     facts = {
         "steps": plan.total_steps,
         "examples_seen": plan.total_steps * plan.config.batch_size,
         "num_params": plan.towers.num_params(),
         "tokenizer_sha256": plan.tokenizer.fingerprint,
         "wall_s": process_age_s(),
+        "time_spent": spent.to_dict(),
         "bad_records": bad,
         "devices": devices(),
         "mesh": dict(plan.mesh.shape),
@@ -123,9 +130,16 @@ def run_summary(plan: Plan, summary: TrainSummary, bad: dict[str, int]) -> dict[
 
 def closing_words(workdir: epath.Path, facts: dict[str, Any]) -> str:
     """The line after the last step."""
-    rate = facts["images_per_s"]
+    rate, spent = facts["images_per_s"], facts["time_spent"]
     return (
         f"done: {facts['steps']:,} steps in {facts['wall_s'] / 60:.1f} min"
         + (f", {rate:,.0f} images/s" if rate else "")
-        + f", {facts['data_wait_fraction']:.1%} waiting for data; everything is in {workdir}"
+        + f", {facts['data_wait_fraction']:.1%} waiting for data, goodput "
+        f"{spent['goodput']:.1%}{_launches(spent)}; everything is in {workdir}"
     )
+
+
+def _launches(spent: dict[str, Any]) -> str:
+    if spent["launches"] == 1:
+        return ""
+    return f" over {spent['launches']} launches ({duration(spent['seconds'][LOST])} done again)"

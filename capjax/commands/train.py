@@ -10,6 +10,7 @@ MAY_CHANGE = (
     "reading.*",
     "mesh.*",
     "profile.*",
+    "health.*",
     "tensorboard",
     "wandb_project",
     "data.bad_budget",
@@ -69,6 +70,7 @@ def check_schedule(config, workdir: str) -> None:
 
     from capjax.checkpoint import list_steps
     from capjax.data.mixture import check_appended
+    from capjax.training.spikes import read_rollbacks
 
     root = epath.Path(workdir).expanduser()
     if not config.data.mixture or not (root / "config.json").exists():
@@ -78,15 +80,28 @@ def check_schedule(config, workdir: str) -> None:
         schedule, batch_size = before["data"]["schedule"], before["batch_size"]
     except (ValueError, KeyError, TypeError):  # damaged, or of another version: for `open_workdir`
         return
-    seen = max(list_steps(root / "checkpoints"), default=0) * batch_size
+    rollbacks = [rollback.offset(batch_size) for rollback in read_rollbacks(root)]
+    seen = max(list_steps(root / "checkpoints"), default=0) * batch_size + max([0, *rollbacks])
     check_appended(schedule, config.data.schedule, seen)
 
 
 def train_run(plan, workdir, peers=None) -> None:
     """Restores or starts the state, trains to the end, and writes the summary of the run.
 
+    After a spike that is to be passed over it resumes from an earlier checkpoint, in this process.
     Raises `Stopped` where `peers` (default: alone) agreed to stop before the end.
     """
+    import gc
+
+    from capjax.training.peers import Peers
+
+    peers = peers or Peers()
+    while _train_run(plan, workdir, peers):
+        gc.collect()  # the state before must be gone from the devices when the other comes
+
+
+def _train_run(plan, workdir, peers) -> bool:
+    """Trains to the end, or to a spike; whether there was one."""
     import contextlib
     import functools
     import json
@@ -94,18 +109,23 @@ def train_run(plan, workdir, peers=None) -> None:
     import jax
 
     from capjax.checkpoint import Checkpointer, step_directory
-    from capjax.commands import build, summary
+    from capjax.commands import build, rollback, summary
     from capjax.commands.evaluators import build_evaluators
     from capjax.mesh import place_batch
     from capjax.training.bad_records import BadRecords
+    from capjax.training.goodput import LaunchLog, unaccounted_s
+    from capjax.training.health import Monitor
     from capjax.training.loop import train
+    from capjax.training.machine import MachineAlarms
     from capjax.training.metrics import make_writers
-    from capjax.training.peers import Peers
+    from capjax.training.phases import Phases
     from capjax.training.profile import Tracer
     from capjax.training.progress import Progress
-    from capjax.training.workdir import write_atomic
+    from capjax.training.spikes import Spiked
+    from capjax.training.watchdog import Watchdog
+    from capjax.training.workdir import is_remote, write_atomic
 
-    config, root, peers = plan.config, workdir.path, peers or Peers()
+    config, root = plan.config, workdir.path
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress())
         stack.enter_context(jax.set_mesh(plan.mesh))
@@ -116,6 +136,17 @@ def train_run(plan, workdir, peers=None) -> None:
         if plan.stage is not None:
             stack.callback(plan.stage.close)
             plan.stage.prepare(progress.say)
+        phases = Phases(unaccounted_s(root))
+        stack.enter_context(
+            Watchdog(
+                phases,
+                plan.health.watchdog_s,
+                plan.health.watchdog_slow_s,
+                None if is_remote(root) else root / f"hang-{jax.process_index()}.txt",
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            )
+        )
         train_step = compiled_ahead(plan, root, stack)
         checkpointer = stack.enter_context(
             Checkpointer(
@@ -127,14 +158,20 @@ def train_run(plan, workdir, peers=None) -> None:
         )
         restored = checkpointer.restore_latest(plan.abstract_state)
         if restored is None:
-            start_step, state = 0, first_state(plan, progress.say)
+            start_step, state, extra = 0, first_state(plan, progress.say), {}
         else:
-            start_step, state, _ = restored
+            start_step, state, extra = restored
             progress.say(f"resuming after step {start_step} in {root}")
             kept = step_directory(root / "checkpoints", start_step)
             if other := summary.other_pixels(plan, kept):
                 progress.say(f"changed since this run began: {other}")
-        start = start_step * config.batch_size
+        rollbacks = rollback.kept_rollbacks(root, start_step)
+        offset = rollback.data_offset(rollbacks, start_step, extra, config.batch_size)
+
+        def position(step) -> int:
+            return step * config.batch_size + offset
+
+        start = position(start_step)
         bad = BadRecords(root, start, config.data.bad_budget)
         open_batches = plan.stage.batches if plan.stage else build.training_batches
         batches = open_batches(plan, start, bad.add)
@@ -150,9 +187,22 @@ def train_run(plan, workdir, peers=None) -> None:
         for writer in writers:
             stack.callback(writer.close)
 
+        machine = MachineAlarms(
+            plan.health.memory_share, plan.health.data_wait_share, said_by_each(progress.say)
+        )
+        monitor = Monitor(plan.health, extra.get("health"))
+        launches = LaunchLog(root if jax.process_index() == 0 else None, phases, start_step)
+        stack.callback(launches.keep)
+
         def save(step, state) -> None:
             settled = plan.stage.settled(state) if plan.stage else state
-            checkpointer.save(step, settled, {"examples_seen": step * config.batch_size})
+            kept = {"examples_seen": position(step), "health": monitor.state()}
+            checkpointer.save(step, settled, kept)
+            launches.keep()
+
+        def host_metrics(step) -> dict[str, float]:
+            counts = {"rollbacks": len(rollbacks)} if rollbacks else {}
+            return bad.metrics(position(step)) | counts | {"goodput": launches.spent().goodput}
 
         def stop(step) -> str:
             if wanted := peers.stop_before(step):
@@ -160,32 +210,57 @@ def train_run(plan, workdir, peers=None) -> None:
             return plan.stage.stop() if plan.stage else ""
 
         progress.say(summary.describe(plan))
-        _, totals = train(
-            state,
-            train_step=train_step,
-            batches=batches,
-            place=plan.stage.place if plan.stage else functools.partial(place_batch, plan.mesh),
-            total_steps=plan.total_steps,
-            batch_size=config.batch_size,
-            start_step=start_step,
-            evaluators=build_evaluators(plan, root, progress.say),
-            save=save,
-            save_every_steps=config.checkpoint.every_steps,
-            wait_for_saves=checkpointer.wait,
-            writers=[*writers, *(plan.stage.writers if plan.stage else ())],
-            log_every_steps=config.log_every_steps,
-            progress=progress,
-            tracer=Tracer(root / "profile", **config.profile),
-            flops_per_image=0.0 if plan.stage else plan.towers.flops_per_example(),
-            host_metrics=lambda step: bad.metrics(step * config.batch_size),
-            stop=stop,
-        )
-        bad_counts = bad.count(plan.total_steps * config.batch_size)
-        checkpointer.wait()
+        try:
+            _, totals = train(
+                state,
+                train_step=train_step,
+                batches=batches,
+                place=plan.stage.place if plan.stage else functools.partial(place_batch, plan.mesh),
+                total_steps=plan.total_steps,
+                batch_size=config.batch_size,
+                start_step=start_step,
+                evaluators=build_evaluators(plan, root, progress.say),
+                save=save,
+                save_every_steps=config.checkpoint.every_steps,
+                wait_for_saves=checkpointer.wait,
+                writers=[*writers, machine, *(plan.stage.writers if plan.stage else ())],
+                log_every_steps=config.log_every_steps,
+                progress=progress,
+                tracer=Tracer(root / "profile", **config.profile),
+                flops_per_image=0.0 if plan.stage else plan.towers.flops_per_example(),
+                host_metrics=host_metrics,
+                stop=stop,
+                monitor=monitor,
+                phases=phases,
+            )
+        except Spiked as spike:
+            progress.say(f"a spike: {spike}")
+            back = rollback.go_back(
+                root, spike, plan.health, config.batch_size, position(spike.step)
+            )
+            progress.say(
+                f"going back to step {back.restored_step}; examples {back.skipped_from:,} to "
+                f"{back.skipped_to:,} of the data are passed over"
+            )
+            return True
+        bad_counts = bad.count(position(plan.total_steps))
+        with phases.during("save"):
+            checkpointer.wait()
         if jax.process_index() == 0:
-            facts = summary.run_summary(plan, totals, bad_counts)
+            facts = summary.run_summary(plan, totals, bad_counts, launches.spent())
             write_atomic(root / "summary.json", json.dumps(facts, indent=2) + "\n")
             progress.say(summary.closing_words(root, facts))
+    return False
+
+
+def said_by_each(say):
+    """`say` for what a process has to say of itself: that of others than the first is mute."""
+    import sys
+
+    import jax
+
+    index = jax.process_index()
+    return say if index == 0 else lambda line: print(f"process {index}: {line}", file=sys.stderr)
 
 
 def compiled_ahead(plan, root, stack):

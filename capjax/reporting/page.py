@@ -29,6 +29,7 @@ from capjax.reporting.tables import (
     to_csv,
     to_latex,
 )
+from capjax.reporting.time_spent import time_spent_of
 from capjax.reporting.tradeoff import tradeoff_plots
 from capjax.training.workdir import write_atomic
 
@@ -85,6 +86,7 @@ def write_report(
         curves=curves(runs),
         data=gallery(voices(runs), seed=seed, max_images=max_images),
         seed=seed,
+        time_spent=time_spent_of(runs),
         differences=config_differences(runs),
         as_json=lambda value: json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False),
     )

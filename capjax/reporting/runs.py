@@ -12,6 +12,7 @@ from capjax.errors import UserError
 from capjax.evaluation.attention import WordMaps
 from capjax.evaluation.measured import Measured, read_measured
 from capjax.evaluation.over_time import read_over_time
+from capjax.training import goodput
 
 # What may be of an earlier checkpoint: the fields of a run, and where their files are.
 _FILES = {
@@ -33,6 +34,7 @@ class Run(NamedTuple):
     guided: dict[str, list[dict[str, Any]]]  # by split and scale: "val@2"
     over_time: dict[str, list[dict[str, Any]]]  # by split: the same images at several steps
     alarms: list[tuple[int, str]]  # step, what was alarming
+    time_spent: goodput.TimeSpent | None
     attention: dict[str, dict[str, WordMaps]]  # by split and key
     steps: dict[str, int]  # by split: of the checkpoint that all the above is of, where noted
     left_out: list[str]  # files of another checkpoint than that, with their steps
@@ -158,6 +160,7 @@ def _read_run(path: Path, name: str) -> Run:
             if (lines := read_over_time(file))
         },
         alarms=_read_alarms(path / "alarms.jsonl"),
+        time_spent=_read_time_spent(path / goodput.FILE),
         attention={file.stem: _read_attention(file) for file in path.glob("attention/*.json")},
         steps={},
         left_out=[],
@@ -233,6 +236,11 @@ def _read_alarms(path: Path) -> list[tuple[int, str]]:
     return [
         (line["step"], str(line["alarm"]).removeprefix(f"step {line['step']}: ")) for line in lines
     ]
+
+
+def _read_time_spent(path: Path) -> goodput.TimeSpent | None:
+    accounts = goodput.read_accounts(path)
+    return goodput.time_spent(accounts) if accounts else None
 
 
 def _read_attention(path: Path) -> dict[str, WordMaps]:

@@ -260,11 +260,16 @@ def _sum(
 
 
 def _updates(update: Callable, state: ReinforceState, made: Batch, num_updates: int):
-    """The training state after so many updates, whose steps the schedule counts; last metrics."""
+    """The training state after so many updates, whose steps the schedule counts; last metrics.
+
+    `nonfinite` is 1 where any of the updates was skipped.
+    """
     train, metrics = state.train._replace(step=state.step * num_updates), {}
+    nonfinite = jnp.zeros((), jnp.float32)
     for _ in range(num_updates):
         train, metrics = update(train, made)
-    return train, metrics
+        nonfinite = jnp.maximum(nonfinite, metrics["nonfinite"])
+    return train, {**metrics, "nonfinite": nonfinite}
 
 
 def _scaled(old: Params, new: Params, scale: Array) -> Params:
@@ -293,11 +298,14 @@ def _reward_metrics(
 def _next_learner(
     learner: Learner, reward_BK: Array, valid_BK: Array, metrics: Metrics, policy: PolicyGradient
 ) -> Learner:
+    """What the learner remembers; as it was, where the batch was skipped or its reward is none."""
     kl_weight = learner.kl_weight
     if policy.kl_target:
         kl_weight = next_kl_weight(kl_weight, metrics["kl"], policy.kl_target)
-    return learner._replace(
+    after = learner._replace(
         reward_sum=learner.reward_sum + _mean(reward_BK, valid_BK),
         reward_count=learner.reward_count + 1,
         kl_weight=kl_weight,
     )
+    is_sound = (metrics["nonfinite"] == 0) & jnp.isfinite(after.reward_sum + after.kl_weight)
+    return jax.tree.map(lambda old, new: jnp.where(is_sound, new, old), learner, after)

@@ -3,7 +3,7 @@
 A stage is what is passed in: the step function, the batches, the evaluators, the save. Launching a
 step does not wait for it, so the next batch is drawn, placed and launched while the device works,
 and a step's metrics are read only when the next one is on its way. Before anything looks at the
-state, that backlog is read: no evaluation and no save ever sees a state whose loss was not finite.
+state, that backlog is read: what a step did wrong is known before its state is looked at.
 """
 
 import contextlib
@@ -17,7 +17,9 @@ import jax
 
 from capjax.dims import Batch, Metrics
 from capjax.errors import UserError
+from capjax.training.health import Health, Monitor, NonFiniteLoss
 from capjax.training.metrics import MetricWriter
+from capjax.training.phases import Phases
 from capjax.training.profile import Tracer
 from capjax.training.progress import (
     Progress,
@@ -27,6 +29,7 @@ from capjax.training.progress import (
     process_age_s,
     progress_line,
 )
+from capjax.training.spikes import Spiked
 
 State = TypeVar("State")
 
@@ -48,7 +51,7 @@ class TrainSummary(NamedTuple):
 
     start_step: int
     last_step: int
-    final_loss: float | None
+    final_loss: float | None  # None: of a step that was skipped too
     first_step_s: float | None  # from the start of the process to the first step's metrics
     compile_s: float | None  # tracing, compiling (or the cache), launching the first step
     train_s: float  # compilation and waiting for data included; evaluation and saves not
@@ -61,19 +64,6 @@ class TrainSummary(NamedTuple):
 
 class Stopped(UserError):  # noqa: N818  (what happened)
     """Training was asked to stop; its state of that moment is kept."""
-
-
-class NonFiniteLoss(UserError):  # noqa: N818  (what happened, not a slip of the program)
-    """The loss or a gradient is not finite after `step`; `saved_step` is the last one kept."""
-
-    def __init__(self, step: int, metrics: Mapping[str, float], saved_step: int | None):
-        self.step, self.saved_step = step, saved_step
-        kept = "nothing was saved" if saved_step is None else f"step {saved_step} is kept"
-        shown = (f"{k}={metrics[k]:g}" for k in ("loss", "grad_norm", "nonfinite") if k in metrics)
-        super().__init__(
-            f"training is not finite at step {step} ({', '.join(shown)}); {kept}; "
-            "lower optimizer.learning_rate or optimizer.grad_clip_norm, in another --workdir"
-        )
 
 
 def train(
@@ -96,13 +86,15 @@ def train(
     flops_per_image: float = 0.0,
     host_metrics: Callable[[int], Mapping[str, SupportsFloat]] = lambda step: {},
     stop: Callable[[int], str] = lambda step: "",
+    monitor: Monitor | None = None,
+    phases: Phases | None = None,
 ) -> tuple[State, TrainSummary]:
     """Trains from `start_step` updates to `total_steps`; returns the state and a summary.
 
     Args:
       state: after `start_step` updates; given up (`train_step` may donate it).
       train_step: jitted, (state, batch) -> (state, metrics); metrics are scalars, among them
-        `loss`, perhaps `nonfinite` (true stops the run). The first call may compile.
+        `loss`, perhaps `nonfinite` (the state is as it was). The first call may compile.
       batches: host rows of the batches from `start_step` on; `place` puts them on the devices.
       batch_size: images in a global batch.
       evaluators: run after every `every_steps` updates and after the last.
@@ -114,11 +106,13 @@ def train(
       flops_per_image: FLOPs of the model, forward and backward.
       host_metrics: step -> more metrics, asked for whenever `train/...` is written, in every
         process alike.
-
       stop: step -> why to stop; "" goes on. Asked between steps, in every process alike. The state
         is saved before `Stopped` is raised.
+      monitor: sees the metrics of every step and says which are too wrong to go on; without one
+        that is the first that is not finite.
+      phases: is told what the loop is at.
 
-    Raises `NonFiniteLoss` naming the step, with what was saved before it kept. The part between
+    Raises what the monitor found, with what was saved before it kept. The part between
     evaluations runs under `transfer_guard("disallow")`: implicit transfers are errors there, but
     for the first launch, which compiles.
     """
@@ -127,6 +121,10 @@ def train(
     log = _Log(start_step, total_steps, log_every_steps, tuple(writers), progress, clock)
     log.flops_per_image, log.peak = flops_per_image, peak_flops(_devices(state))
     log.host_metrics = host_metrics
+    log.monitor = monitor or Monitor(Health(max_skipped_in_a_row=0))
+    log.phases = phases = phases or Phases()
+    phases.step = start_step
+    phases.enter("step")
 
     def is_due(every_steps: int, step: int) -> bool:
         at_mark = every_steps > 0 and step % every_steps == 0
@@ -152,20 +150,22 @@ def train(
                 if saving:
                     log.saved(step, saving, state)
             if reason:
-                wait_for_saves()
+                with phases.during("save"):
+                    wait_for_saves()
                 raise Stopped(reason)
             if step == total_steps:
                 break
             with jax.transfer_guard("disallow"):
-                with clock.waiting():
+                with clock.waiting(), phases.during("data"):
                     rows = _draw(batches, step)
                 batch = place(rows)
                 with log.launching(step):
                     state, metrics = train_step(state, batch)
                 log.read_late()  # of the step before, while this one runs
             log.late = (step + 1, metrics)
-    except NonFiniteLoss:
-        wait_for_saves()
+    except (NonFiniteLoss, Spiked):
+        with phases.during("save"):
+            wait_for_saves()
         raise
     finally:
         tracer.close()
@@ -197,6 +197,8 @@ class _Log:
     flops_per_image: float = 0.0
     peak: float | None = None
     host_metrics: Callable[[int], Mapping[str, SupportsFloat]] = lambda step: {}
+    monitor: Monitor = dataclasses.field(default_factory=lambda: Monitor(Health()))
+    phases: Phases = dataclasses.field(default_factory=Phases)
     late: tuple[int, Metrics] | None = None
     saved_step: int | None = None
     last_step: int = 0
@@ -220,27 +222,32 @@ class _Log:
                 yield
                 return
             begin = time.monotonic()
-            with self.progress.doing("compiling the training step"), jax.transfer_guard("allow"):
+            doing = self.progress.doing("compiling the training step")
+            with self.phases.during("compile"), doing, jax.transfer_guard("allow"):
                 yield
             self.compile_s = time.monotonic() - begin
 
     def read_late(self) -> None:
-        """Reads the metrics kept back, if any. Raises `NonFiniteLoss`."""
+        """Reads the metrics kept back, if any. Raises what the monitor finds in them."""
         if self.late is None:
             return
         (step, metrics), self.late = self.late, None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.clock.finished(step)
+        self.phases.finished(step)
         self.last_step, self.loss = step, values["loss"]
         if self.first_step_s is None:
             self.first_step_s = process_age_s()
-        is_finite = math.isfinite(self.loss) and not values.get("nonfinite")
-        is_last = step == self.total_steps or not is_finite
-        if is_last or step % self.every_steps == 0:
-            self.write(step, "train/", {**values, **self.rates(), **self.host_metrics(step)})
+        seen = self.monitor.see(step, values, self.saved_step)
+        for note in seen.notes:
+            self.progress.say(note)
+        is_last = step == self.total_steps or seen.error is not None
+        if is_last or seen.is_wrong or step % self.every_steps == 0:
+            more = {**seen.metrics, **self.rates(), **self.host_metrics(step)}
+            self.write(step, "train/", {**values, **more})
         self.show(step, always=is_last or step == self.start_step + 1)
-        if not is_finite:
-            raise NonFiniteLoss(step, values, self.saved_step)
+        if seen.error is not None:
+            raise seen.error
 
     def rates(self) -> dict[str, float]:
         """Throughput of the last steps, by metric name."""
@@ -272,15 +279,17 @@ class _Log:
 
     def evaluated(self, step: int, evaluator: Evaluator, state: Any) -> None:
         """Runs an evaluator and writes what it finds."""
-        with self.progress.doing(f"evaluating {evaluator.name} at step {step}"):
+        doing = self.progress.doing(f"evaluating {evaluator.name} at step {step}")
+        with self.phases.during("evaluation"), doing:
             values = evaluator.run(state, step)
         self.write(step, f"eval/{evaluator.name}/", values)
 
     def saved(self, step: int, save: Callable[[int, Any], None], state: Any) -> None:
         """Saves the state, after the metrics up to it are where a kill leaves them."""
-        for writer in self.writers:
-            writer.flush()
-        save(step, state)
+        with self.phases.during("save"):
+            for writer in self.writers:
+                writer.flush()
+            save(step, state)
         self.saved_step = step
 
     def summary(self) -> TrainSummary:
@@ -290,7 +299,7 @@ class _Log:
         return TrainSummary(
             start_step=self.start_step,
             last_step=self.last_step,
-            final_loss=self.loss,
+            final_loss=self.loss if self.loss is not None and math.isfinite(self.loss) else None,
             first_step_s=self.first_step_s,
             compile_s=self.compile_s,
             train_s=self.clock.training_s(),

@@ -15,6 +15,7 @@ from capjax.models.towers import KINDS
 from capjax.objectives.captioning_objective import CaptioningObjective
 from capjax.objectives.coca import CoCaObjective
 from capjax.objectives.contrastive import ContrastiveObjective
+from capjax.training.health import Health
 from capjax.training.lora import LoRA
 from capjax.training.optimizer import OptimizerConfig
 from capjax.training.warm_start import WarmStart
@@ -36,6 +37,7 @@ CONFIG = default_config()
         (CONFIG.objective.coca, CoCaObjective, {}),
         (CONFIG.warm_start, WarmStart, {}),
         (CONFIG.lora, LoRA, {}),
+        (CONFIG.health, Health, {}),
         (
             CONFIG.optimizer,
             OptimizerConfig,

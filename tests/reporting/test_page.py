@@ -76,3 +76,18 @@ def test_no_images_is_a_number_of_images_and_less_is_none(tmp_path, make_run):
 def test_a_run_without_results_still_has_a_page(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     assert "No metrics were written yet" in write_report([tmp_path]).read_text()
+
+
+def test_every_second_of_a_run_is_on_its_page(tmp_path, make_run):
+    root = make_run(tmp_path / "run")
+    seconds = {"init": 10, "compile": 20, "data": 30, "step": 100, "evaluation": 25, "save": 15}
+    first = {"launch": 1, "start_step": 0, "began": 0.0, "step": 10, "seconds": seconds}
+    later = {phase: 2 * value for phase, value in seconds.items()}  # but 10 was restored
+    second = {"launch": 2, "start_step": 10, "began": 460.0, "step": 20, "seconds": seconds}
+    lines = [first, first | {"step": 20, "seconds": later}, second]
+    (root / "launches.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = write_report([root]).read_text()
+    assert "goodput <b>33.3 %</b> of 10:00 in 2 launches, 1:00 between them" in text
+    shares = [float(share) for share in re.findall(r"flex-grow: ([\d.]+)", text)]
+    assert sum(shares) == pytest.approx(1, abs=1e-5) and len(shares) == 7
+    assert re.search(r"lost \(done again\)</th><td>2:50</td><td>28.3 %", text)

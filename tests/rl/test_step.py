@@ -12,9 +12,9 @@ from capjax.errors import UserError
 from capjax.mesh import MeshShape, make_mesh, place_batch, place_tree
 from capjax.models.captioner import Captioner, CaptionerConfig
 from capjax.objectives.policy_gradient import ALGORITHMS, PolicyGradient
-from capjax.rl.rollout import sample, token_entropy, token_logprobs
+from capjax.rl.rollout import Rollout, sample, token_entropy, token_logprobs
 from capjax.rl.state import reinforce_state
-from capjax.rl.step import Reward, Sampling, make_step
+from capjax.rl.step import Reward, Sampling, _next_learner, _updates, make_step
 from capjax.training.state import init_state
 
 VOCAB_SIZE, L, WANTED = 12, 5, 7
@@ -145,6 +145,45 @@ def test_it_learns_what_is_wanted(name):
     assert found[0] < 0.4 and np.mean(found[-3:]) > 0.7
     assert int(state.step) == 25 and float(state.learner.reward_count) == 25
     assert float(state.learner.running_mean) == pytest.approx(np.mean(found), abs=1e-5)
+
+
+def test_a_batch_whose_reward_is_not_finite_leaves_nothing_behind():
+    """Neither in the parameters nor in what the learner remembers: baseline and weight."""
+    policy = PolicyGradient(**ALGORITHMS["rloo"], kl_weight=0.1, kl_target=1.0)
+    tx = optax.adam(0.003)
+    rewards = [Reward("given", 1.0, lambda frozen, batch, tokens, given: given["reward"])]
+    step = make_step(MODEL, policy, Sampling(num_samples=4), rewards, tx)
+    learned, frozen, rows = jax.jit(step.learned), {"reference": params()}, batch()
+    state, found = start(policy, tx), []
+    captions = Rollout(jnp.full((8, 4, L), 3, jnp.int32), jnp.full((8, 4, L), -2.0))
+    reward = jax.random.uniform(jax.random.key(1), (8, 4))
+    for given in (reward, reward.at[2, 1].set(jnp.nan), reward):
+        state, metrics = learned(state, frozen, rows, captions, {"reward": given})
+        found.append(jax.device_get((state.params, state.opt_state, state.learner)))
+    for x, y in zip(jax.tree.leaves(found[0]), jax.tree.leaves(found[1]), strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert metrics["nonfinite"] == 0 and found[2][2].reward_count == 2
+    assert found[2][2].kl_weight != found[1][2].kl_weight
+    assert int(state.step) == 3
+
+
+def test_one_skipped_update_of_several_is_not_forgotten():
+    """Nor is a reward that is none taken up where the loss did not show it."""
+    policy = PolicyGradient(kl_weight=0.1, kl_target=1.0)
+    state = start(policy, optax.sgd(0.1))
+    skipped = iter([1.0, 0.0])
+
+    def update(train, made):
+        return train, {"loss": jnp.zeros(()), "nonfinite": jnp.float32(next(skipped))}
+
+    _, metrics = _updates(update, state, {}, 2)
+    assert metrics["nonfinite"] == 1
+    reward, valid = jnp.ones((2, 3)), jnp.ones((2, 3), bool)
+    for is_skipped, value, count in ((1.0, 1.0, 0), (0.0, jnp.nan, 0), (0.0, 1.0, 1)):
+        found = {"nonfinite": jnp.float32(is_skipped), "kl": jnp.float32(2.0)}
+        after = _next_learner(state.learner, reward * value, valid, found, policy)
+        assert (after.reward_count, after.reward_sum) == (count, count)
+        assert (after.kl_weight > state.learner.kl_weight) == bool(count)
 
 
 def test_divergence_holds_the_policy_back():

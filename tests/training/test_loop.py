@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from capjax.errors import UserError
-from capjax.training.loop import Evaluator, NonFiniteLoss, Stopped, train
+from capjax.training.health import Health, Monitor, NonFiniteLoss
+from capjax.training.loop import Evaluator, Stopped, train
 from capjax.training.metrics import JsonlWriter, read_metrics
 from capjax.training.profile import Tracer
 from capjax.training.progress import Progress
@@ -219,6 +220,40 @@ def test_nonfinite_gradients_stop_though_the_loss_is_finite():
         run(
             State(jax.device_put(np.int32(1)), start().weight), train_step=overflowing, start_step=1
         )
+
+
+@jax.jit
+def guarded(state, batch):
+    """`fitted`, whose state stays where its loss is not finite, as `make_train_step` has it."""
+    after, metrics = fitted(state, batch)
+    is_finite = jnp.isfinite(metrics["loss"])
+    return State(after.step, jnp.where(is_finite, after.weight, state.weight)), metrics
+
+
+def test_steps_that_are_skipped_are_counted_logged_and_gone_on_from():
+    writer, saved = Recorder(), []
+    monitor = Monitor(Health(max_skipped_in_a_row=1))
+    state, summary = run(
+        train_step=guarded,
+        nan_at=4,
+        monitor=monitor,
+        writers=[writer],
+        log_every_steps=3,
+        save=lambda step, state: saved.append((step, monitor.state()["skipped"])),
+        save_every_steps=2,
+    )
+    lines = {step: line for _, step, line in (e for e in writer.events if e[0] == "log")}
+    assert list(lines) == [3, 4, 6] and math.isnan(lines[4]["train/loss"])
+    assert [line["train/skipped"] for line in lines.values()] == [0, 1, 1]
+    assert saved == [(2, 0), (4, 1), (6, 1)]  # the count is that of the step that is saved
+    others = (batch for step, batch in enumerate(rows()) if step != 3)
+    expected, _ = run(train_step=guarded, batches=others, total_steps=5)
+    np.testing.assert_array_equal(state.weight, expected.weight)
+    assert (int(state.step), summary.last_step) == (6, 6)
+    with pytest.raises(NonFiniteLoss, match=r"at step 3 .*2 steps in a row"):
+        never = (batch | {"x": batch["x"] - 3 * SHIFT} for batch in rows(1))
+        batches = itertools.chain(itertools.islice(rows(), 1), never)
+        run(train_step=guarded, batches=batches, monitor=Monitor(Health(max_skipped_in_a_row=1)))
 
 
 def test_every_step_is_checked_one_step_late():

@@ -15,7 +15,7 @@ from capjax.models.captioner import Captioner, CaptionerConfig
 from capjax.objectives.captioning import captioning_loss
 from capjax.objectives.metrics import masked_mean
 from capjax.objectives.objective import Loss, mean_over_rows
-from capjax.training.optimizer import OptimizerConfig, make_optimizer
+from capjax.training.optimizer import OPTIMIZERS, OptimizerConfig, make_optimizer
 from capjax.training.state import init_state
 from capjax.training.step import make_train_step
 
@@ -178,6 +178,35 @@ def test_a_step_that_is_not_finite_changes_no_number(bad):
         np.testing.assert_array_equal(x, y)
     assert np.isfinite(after.params["kernel"]).all()
     assert (after.params["kernel"] != state.params["kernel"]).any()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_no_optimizer_sees_a_step_that_is_not_finite(name):
+    """One microbatch of two is bad; frozen parameters and an average are there too."""
+
+    def init(key):
+        return init_params(key) | {"held": {"kernel": jnp.ones((8, 4))}}
+
+    def loss(params, batch, key):
+        kernel = params["kernel"] + params["held"]["kernel"]
+        return linear_loss({"kernel": kernel}, batch, key)
+
+    config = OptimizerConfig(name=name, freeze=("held/.*",), ema_decay=0.9)
+    tx, _ = make_optimizer(config, 10)
+    step = make_train_step(
+        mean_over_rows(loss), tx, accumulation_steps=2, freeze=config.freeze, ema_decay=0.9
+    )
+    state, _ = step(init_state(init, tx, 0, ema=True), linear_batch(0))
+    before = jax.device_get(state._replace(key=jax.random.key_data(state.key)))
+    bad = linear_batch(1)
+    bad["x"][3, 1] = np.nan
+    state, metrics = step(state, bad)
+    after = jax.device_get(state._replace(key=jax.random.key_data(state.key)))
+    assert metrics["nonfinite"] == 1 and (before.step, after.step) == (1, 2)
+    for x, y in zip(jax.tree.leaves(before[1:]), jax.tree.leaves(after[1:]), strict=True):
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+    state, metrics = step(state, linear_batch(2))
+    assert metrics["nonfinite"] == 0 and (state.params["kernel"] != after.params["kernel"]).any()
 
 
 def test_a_gradient_that_is_not_finite_counts_though_the_loss_is():
