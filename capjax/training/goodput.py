@@ -148,9 +148,9 @@ class LaunchLog:
     def _write(self, line: bytes) -> None:
         if self._path is None:
             return
-        self._data += line
         with contextlib.suppress(OSError):
             if is_remote(self._path):
+                self._data += line
                 write_atomic(self._path, self._data)
             else:
                 with self._path.open("ab") as file:

@@ -14,6 +14,7 @@ from capjax.checkpoint.directory import discard_after
 from capjax.commands import build, rollback
 from capjax.errors import UserError
 from capjax.training.health import Health
+from capjax.training.metrics import read_metrics
 from capjax.training.spikes import Spiked, read_rollbacks
 from tests.commands.conftest import train_losses
 
@@ -93,7 +94,7 @@ def test_a_poisoned_batch_is_passed_over_and_again_after_a_kill(tiny_config, tmp
     (back,) = read_rollbacks(tmp_path / "run")
     assert back[:4] == (15, 12, 12 * B, 15 * B) and back.reason.startswith("loss=")
     assert train_losses(tmp_path / "run") == train_losses(tmp_path / "without")
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert {line["train/rollbacks"] for line in lines if line["step"] in range(13, 25)} == {1}
     assert [line["step"] for line in lines] == list(range(1, 25))
     spent = json.loads((tmp_path / "run" / "summary.json").read_text())["time_spent"]
