@@ -103,7 +103,7 @@ def soak(workdir: Path, steps: int) -> dict:
     samples = []
     while process.poll() is None:
         sample = look(process.pid, workdir)
-        if sample is not None and sample.step:
+        if sample is not None and 0 < sample.step < steps:  # afterwards it is taken down
             samples.append(sample)
         time.sleep(EVERY_S)
     reader.join()
@@ -116,8 +116,13 @@ def soak(workdir: Path, steps: int) -> dict:
         "samples": len(settled),
         "rss_mb_per_1000_steps": slope(settled),
         "rss_mb_at_the_end": round(settled[-1].rss / 1e6, 1),
+        "rss_mb_by_sixths": [
+            round(float(np.median([s.rss for s in part])) / 1e6, 2)
+            for sixth in range(6)
+            if (part := [s for s in samples if sixth * steps <= 6 * s.step < (sixth + 1) * steps])
+        ],
         "files_after_a_third": settled[0].files,
-        "files_at_the_end": min(sample.files for sample in settled[-5:]),
+        "files_at_the_end": round(float(np.median([s.files for s in settled[-5:]]))),
         # By the step that was logged last: a step or ten behind.
         "compiled_after_step_2": sum(step >= 2 for step, _ in compiled),
         "compiled_after_the_first_save": [n for step, n in compiled if every + 10 < step < steps],

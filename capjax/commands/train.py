@@ -200,7 +200,7 @@ def _train_run(plan, workdir, peers) -> bool:
             checkpointer.save(step, settled, kept)
             launches.keep()
 
-        def host_metrics(step) -> dict[str, float]:
+        def host_metrics(step) -> dict[str, int | float]:
             counts = {"rollbacks": len(rollbacks)} if rollbacks else {}
             return bad.metrics(position(step)) | counts | {"goodput": launches.spent().goodput}
 

@@ -23,7 +23,7 @@ from capjax.training.workdir import is_remote, write_atomic
 FILE = "launches.jsonl"
 LOST = "lost"
 _REPEATED = ("data", "step", "evaluation", "save")  # what is done again from an earlier step
-_EVERY_SHARE, _EVERY_S, _REMOTE_EVERY_S = 0.005, 5.0, 30.0
+_EVERY_SHARE, _EVERY_S, _REMOTE_EVERY_S = 0.005, 1.0, 30.0
 
 
 class Account(NamedTuple):
@@ -148,9 +148,9 @@ class LaunchLog:
     def _write(self, line: bytes) -> None:
         if self._path is None:
             return
-        self._data += line
         with contextlib.suppress(OSError):
             if is_remote(self._path):
+                self._data += line
                 write_atomic(self._path, self._data)
             else:
                 with self._path.open("ab") as file:

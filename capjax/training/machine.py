@@ -1,6 +1,5 @@
 """What the host of a process runs short of: memory, and batches made in time."""
 
-import collections
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -9,7 +8,7 @@ from typing import SupportsFloat
 
 _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 _AGAIN_S = 600.0  # an alarm that goes on is said so often
-_RECENT = 3  # logged shares of waiting, of 32 steps each, that count together
+_WINDOW_S = 60.0  # over which waiting is judged: the first batches of a run are always waited for
 
 
 def memory_limit_bytes(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> int | None:
@@ -84,7 +83,8 @@ class MachineAlarms:
         self._memory_share, self._data_wait_share = memory_share, data_wait_share
         self._say, self._held, self._clock = say, held, clock
         self._limit = memory_limit_bytes() if limit is None else limit
-        self._waits: collections.deque[float] = collections.deque(maxlen=_RECENT)
+        self._waits: list[float] = []
+        self._began = clock()
         self._said_at: dict[str, float] = {}
 
     def write(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
@@ -103,15 +103,19 @@ class MachineAlarms:
                 )
         if self._data_wait_share and "train/data_wait" in values:
             self._waits.append(float(values["train/data_wait"]))
-            share = sum(self._waits) / _RECENT
-            if len(self._waits) == _RECENT and share > self._data_wait_share:
-                self._alarm(
-                    "data",
-                    f"step {step}: {share:.0%} of the time goes into waiting for data "
-                    f"(health.data_wait_share={self._data_wait_share:g}); raise "
-                    "reading.num_threads or reading.num_workers, or make the images small once "
-                    "with `capjax data prepare`",
-                )
+            if self._clock() - self._began >= _WINDOW_S:
+                self._judge_waiting(step)
+
+    def _judge_waiting(self, step: int) -> None:
+        share = sum(self._waits) / len(self._waits)
+        self._waits, self._began = [], self._clock()
+        if share > self._data_wait_share:
+            self._alarm(
+                "data",
+                f"step {step}: {share:.0%} of the time goes into waiting for data "
+                f"(health.data_wait_share={self._data_wait_share:g}); raise reading.num_threads or "
+                "reading.num_workers, or make the images small once with `capjax data prepare`",
+            )
 
     def _alarm(self, kind: str, line: str) -> None:
         now = self._clock()

@@ -93,7 +93,7 @@ def test_no_kill_takes_a_hundredth_of_the_account(tmp_path, monkeypatch):
     accounts = read_accounts(path)
     for before, after in itertools.pairwise(accounts):
         age = after.end - after.began
-        assert after.end - before.end <= max(5.0, 0.005 * age) + 12.0  # and a step, which compiles
+        assert after.end - before.end <= max(1.0, 0.005 * age) + 12.0  # and a step, which compiles
     for torn in (lines[-1][:-1], lines[-1][:30], lines[-1][:-1] + b"\xff"):
         path.write_bytes(b"".join(lines[:-1]) + torn)
         clock.now = accounts[-1].end + 50.0

@@ -64,20 +64,21 @@ def test_alarms_are_said_once_in_a_while_and_name_what_to_change():
     )
 
     def log(step, wait):
+        now[0] += 10.0
         alarms.write(step, {"train/loss": 1.0, "train/data_wait": wait})
 
-    for step, wait in enumerate([0.7, 0.0, 0.0, 0.0, 0.0]):  # the first batches: no habit
+    for step, wait in enumerate([0.9, 0.0, 0.0, 0.0, 0.0, 0.0]):  # the first batches: no habit
         log(step, wait)
     assert said == []
-    for step in range(5, 20):
-        log(step, 0.45)
-    assert len(said) == 1 and said[0].startswith("step 6: 30% of the time")
+    for step in range(6, 24):
+        log(step, 0.3 + 0.1 * (step % 2))
+    assert len(said) == 1 and said[0].startswith("step 11: 35% of the time")
     assert "health.data_wait_share=0.25" in said[0] and "reading.num_threads" in said[0]
     held[0] = 91
-    for step in range(20, 30):
+    for step in range(24, 30):
         log(step, 0.0)
     assert len(said) == 2 and "91% of" in said[1] and "reading.cache_megabytes" in said[1]
-    now[0] = 601.0
+    now[0] += 601.0
     log(30, 0.0)
     alarms.write(30, {"eval/val/loss": 1.0})
     assert len(said) == 3
