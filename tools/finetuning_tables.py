@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--split", default="composition")
     parser.add_argument("--metrics", default=",".join(COLUMNS.values()))
     parser.add_argument("--columns", default=2, type=int, help="charts beside each other")
+    parser.add_argument("--until", type=int, help="the last step that is drawn")
     parser.add_argument("--output", help="an .svg")
     args = parser.parse_args()
     arms = {}
@@ -80,11 +81,15 @@ def main() -> None:
             }
             draw(args.output, lines, "guidance scale", args.columns)
     else:
-        lines = {metric: [_curve(n, r[0], metric) for n, r in arms.items()] for metric in metrics}
+        lines = {
+            _title(metric): [_curve(n, r[0], metric, args.until) for n, r in arms.items()]
+            for metric in metrics
+        }
         marks = [
             Mark(step, "alarm", text, number)
             for number, runs in enumerate(arms.values())
             for step, text in runs[0].alarms
+            if args.until is None or step <= args.until
         ]
         draw(args.output, lines, "step", args.columns, marks)
 
@@ -145,8 +150,13 @@ def _swept(run: Run, split: str) -> list[tuple[float, dict[str, float]]]:
     return sorted(found, key=lambda pair: pair[0])
 
 
-def _curve(name: str, run: Run, metric: str) -> Series:
+def _title(metric: str) -> str:
+    return named(metric.split("/")[-1]).title.replace("_", " ")
+
+
+def _curve(name: str, run: Run, metric: str, until: int | None) -> Series:
     points = [(line["step"], line[metric]) for line in run.metrics if metric in line]
+    points = [(step, value) for step, value in points if until is None or step <= until]
     return Series(name, [x for x, _ in points], [y for _, y in points])
 
 

@@ -30,7 +30,8 @@ class Axes(NamedTuple):
     def grid(self, x_label: str) -> list[str]:
         """Lines at the ticks of y, the numbers of both axes, and what x is."""
         parts = []
-        for tick in ticks(self.y_low, self.y_high):
+        within = [t for t in ticks(self.y_low, self.y_high) if self.y_low <= t <= self.y_high]
+        for tick in within:
             _, y = self.place(self.x_low, tick)
             parts.append(
                 f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'

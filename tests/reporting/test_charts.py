@@ -7,10 +7,10 @@ import re
 import xml.etree.ElementTree as ET
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from capjax.reporting.axes import ticks
+from capjax.reporting.axes import BOTTOM, HEIGHT, TOP, axes_of, ticks
 from capjax.reporting.charts import MAX_POINTS, Series, line_chart, smoothed
 
 
@@ -61,6 +61,14 @@ def test_points_lie_where_the_axes_say():
     assert (y1, y0) == pytest.approx((grid[0], grid[-1]))  # the ticks of 1 and of 0
     data = json.loads(svg.get("data-chart"))
     assert data == [["a", [[x0, y0, "0 at step 0"], [x1, y1, "1 at step 10"]]]]
+
+
+@given(finite, finite)
+@example(2.3, 6.06)
+def test_the_grid_stays_within_the_frame(a, b):
+    places = re.findall(r' y1="([^"]*)"', "".join(axes_of([0, 1], [a, b]).grid("step")))
+    assert len(places) >= 2
+    assert all(TOP - 0.1 <= float(y) <= HEIGHT - BOTTOM + 0.1 for y in places)
 
 
 def test_what_is_not_finite_is_left_out_and_nothing_gives_nothing():
