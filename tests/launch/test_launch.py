@@ -174,7 +174,7 @@ CHILD = """
 trap 'echo "heard $JAX_PROCESS_ID"; exit 75' TERM
 echo "place $JAX_PROCESS_ID $JAX_NUM_PROCESSES $JAX_LOCAL_DEVICE_IDS $JAX_COORDINATOR_ADDRESS"
 case $1-$JAX_PROCESS_ID in fail-1) exit 3 ;; ok-*) exit 0 ;; esac
-sleep 60 & wait
+sleep 60 > /dev/null 2>&1 & wait
 """
 
 
