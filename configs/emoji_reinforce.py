@@ -37,6 +37,7 @@ def get_config(arg: str = "self_retrieval") -> ConfigDict:
     for name, weight in REWARDS[arg].items():
         config.rewards[name].weight = weight
         config.rewards[name].normalize = "batch" if arg == "both" else "none"
+    config.rewards.grammar.tower.update(steps=300, batch_size=128, learning_rate=1e-3)
     config.policy.update(algorithm="rloo", kl_weight=0.02, whiten=True)
     config.optimizer.update(learning_rate=3e-4, schedule="constant", warmup_steps=20)
 

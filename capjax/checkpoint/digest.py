@@ -13,6 +13,8 @@ Constants: the finalizers of MurmurHash3 (Appleby, public domain) and "lowbias32
 public domain).
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
 
 import jax
@@ -20,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from capjax.dims import Array
+from capjax.dims import Array, Params
 
 GOLDEN = 0x9E3779B1  # odd: multiplying by it permutes uint32
 MURMUR3 = (16, 0x85EBCA6B, 13, 0xC2B2AE35, 16)
@@ -48,6 +50,16 @@ def digest_lanes(arrays: Mapping[str, Array]) -> dict[str, Array]:
 def to_hex(lanes: Mapping[str, Array]) -> dict[str, str]:
     """Name -> 16 hexadecimal digits. Waits for the devices."""
     return {name: f"{a:08x}{b:08x}" for name, (a, b) in jax.device_get(dict(lanes)).items()}
+
+
+def params_digest(params: Params) -> str:
+    """Of all parameters: hexadecimal, the same on any mesh."""
+    leaves = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): x
+        for path, x in jax.tree.leaves_with_path(params)
+    }
+    digests = to_hex(digest_lanes(leaves))
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
 def _mesh(x: Array) -> Mesh:

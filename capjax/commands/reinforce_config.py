@@ -60,7 +60,17 @@ def reinforce_config() -> ConfigDict:
             "clip_score": weighed,
             "ref_clip_score": weighed | {"definition": "hessel"},
             "cider_d": weighed | {"on": "host"},
-            "grammar": weighed | {"head": ""},
+            "grammar": weighed
+            | {
+                "head": "",
+                "train_tower": False,
+                "tower": {
+                    "steps": 1000,
+                    "batch_size": 256,
+                    "learning_rate": 1e-5,
+                    "grammar_weight": 1.0,
+                },
+            },
             "length": weighed | {"shortest": 0, "longest": 0, "tolerance": 10.0},
             "repetition": weighed | {"order": 2},
             "functions": {},

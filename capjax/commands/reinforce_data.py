@@ -5,27 +5,21 @@ from collections import Counter
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 
-import jax
 import numpy as np
 from etils import epath
 
 from capjax.data.batches import Batches
-from capjax.data.captions import CaptionChoice, clean_text, reference_texts
+from capjax.data.captions import CaptionChoice, reference_texts
 from capjax.data.curriculum import source_keys
 from capjax.data.mixture import Mixture
 from capjax.data.records import CorruptRecord
 from capjax.data.sources import Source
 from capjax.data.tokenizer import EOS_ID, PAD_ID, Tokenizer
-from capjax.decoding.load import load
 from capjax.decoding.loaded_model import LoadedModel
-from capjax.dims import Params
 from capjax.errors import UserError
 from capjax.evaluation.features import frozen_features
-from capjax.mesh import MeshShape, make_mesh
 from capjax.rewards.consensus_device import NgramTable, ngram_table
 from capjax.rewards.consensus_reward import ConsensusReward
-from capjax.rewards.grammar import read_grammar_head, write_grammar_head
-from capjax.rewards.grammar_training import fit_grammar_head
 from capjax.rl.reward_terms import (
     HOST,
     REFERENCES,
@@ -58,10 +52,10 @@ class ImageArrays:
     """The arrays of a batch that depend on its images alone, from their indices.
 
     The towers embed every image of the source once, as it is (not augmented); what they made is
-    kept in `directory`. `tokenizer` and `text_length` are the captioner's; its captions stand
-    behind `prefix`, references are cut into tokens there too. `ngrams`: document
-    frequencies of the references' ids, for CIDEr-D on the device; None without it. Raises
-    `UserError` as `frozen_features`.
+    kept in `directory`, and here as `image_ND`: zeros where an image cannot be read. `tokenizer`
+    and `text_length` are the captioner's; its captions stand behind `prefix`, references are cut
+    into tokens there too. `ngrams`: document frequencies of the references' ids, for CIDEr-D on the
+    device; None without it. Raises `UserError` as `frozen_features`.
     """
 
     def __init__(
@@ -78,7 +72,7 @@ class ImageArrays:
         text_length: int,
         prefix: str = "",
     ) -> None:
-        self._image_ND = self._nearest_NM = self._reference_NRT = self._label_NRL = None
+        self.image_ND = self._nearest_NM = self._reference_NRT = self._label_NRL = None
         self.ngrams: NgramTable | None = None
         if "cider_d" in rewards.used and rewards.cider_d.on == "device":
             labels = [
@@ -90,10 +84,10 @@ class ImageArrays:
             self._label_NRL, self.ngrams = np.stack(labels), ngram_table(known)
         if towers is None:
             return
-        self._image_ND = _embedded(towers, opened, directory, batch_size)
+        self.image_ND = _embedded(towers, opened, directory, batch_size)
         count = rewards.self_retrieval.num_negatives if "self_retrieval" in rewards.used else 0
         if count:
-            self._nearest_NM = _nearest(self._image_ND, count)
+            self._nearest_NM = _nearest(self.image_ND, count)
         if "ref_clip_score" in rewards.used:
             texts = [captions[:MAX_REFERENCES] for captions in references()]
             self._reference_NRT = np.stack(
@@ -103,10 +97,10 @@ class ImageArrays:
     def __call__(self, rows: Rows) -> Rows:
         """`rows` with the arrays of their `index`."""
         index = rows["index"]
-        if self._image_ND is not None:
-            rows = rows | {TOWER_IMAGE: self._image_ND[index]}
-        if self._image_ND is not None and self._nearest_NM is not None:
-            rows = rows | {TOWER_NEGATIVES: self._image_ND[self._nearest_NM[index]]}
+        if self.image_ND is not None:
+            rows = rows | {TOWER_IMAGE: self.image_ND[index]}
+        if self.image_ND is not None and self._nearest_NM is not None:
+            rows = rows | {TOWER_NEGATIVES: self.image_ND[self._nearest_NM[index]]}
         if self._reference_NRT is not None:
             rows = rows | {TOWER_REFERENCES: self._reference_NRT[index]}
         if self._label_NRL is not None:
@@ -175,12 +169,10 @@ def _labels(tokenizer: Tokenizer, texts: list[str], length: int, prefix: str) ->
 
 def tower_texts(towers: LoadedModel, texts: list[str], prompt: str, rows: int = 0) -> np.ndarray:
     """int32 [texts, T] as the towers read them, or [rows, T] with rows of PAD behind them."""
-    lower = bool(towers.config.get("captions", {}).get("lower", False))
     length = towers.embedder.config.text_length
-    cleaned = [clean_text(prompt + text, lower) for text in texts]
     made = np.full((max(rows, len(texts)), length), PAD_ID, np.int32)
-    if cleaned:
-        made[: len(cleaned)] = towers.tokenizer.encode_batch(cleaned, length)
+    if texts:
+        made[: len(texts)] = towers.text_tokens([prompt + text for text in texts])
     return made
 
 
@@ -200,35 +192,6 @@ def load_function(name: str, file: str) -> Callable:
             "reward(images, captions, references)"
         )
     return found
-
-
-def grammar_head(
-    head: str,
-    towers_path: str,
-    references: Callable[[], list[list[str]]],
-    kept: epath.Path,
-    prompt: str,
-) -> Params:
-    """The head of the file `head`; without one, that of `kept`, which is trained first if need be.
-
-    It learns from the references, and from the same captions broken (Cho et al. 2022); the first
-    process writes it. Raises `UserError` where the file is no head for these towers.
-    """
-    # On this process's devices: every process makes the same head.
-    towers = load(towers_path).on_mesh(make_mesh(MeshShape(), devices=jax.local_devices()[:1]))
-    with jax.set_mesh(towers.mesh):
-        width = towers.text_features(["a"]).shape[1]
-        if head or kept.exists():
-            return read_grammar_head(str(head or kept), width)
-        texts = [text for captions in references() for text in captions]
-        params, found = fit_grammar_head(
-            lambda texts: towers.text_features([prompt + text for text in texts], 256), texts
-        )
-    if jax.process_index() == 0:
-        shown = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
-        print(f"trained a grammar head: {shown}", flush=True)
-        write_grammar_head(str(kept), params)
-    return params
 
 
 class HostScores:

@@ -12,10 +12,12 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from capjax.checkpoint.digest import params_digest
 from capjax.commands import build
 from capjax.commands.measures import Measures
 from capjax.commands.program import build_mesh, check_counts
 from capjax.commands.reinforce_data import references_of
+from capjax.commands.reinforce_grammar import BEGINNING, check_grammar_beginning
 from capjax.commands.reinforce_trial import Prefix, open_prefix
 from capjax.commands.settings import from_dataclass_kwargs
 from capjax.data.captions import clean_text
@@ -24,7 +26,6 @@ from capjax.data.sources import Source
 from capjax.decoding.load import load
 from capjax.decoding.loaded_model import LoadedModel
 from capjax.errors import UserError, did_you_mean
-from capjax.evaluation.features import params_digest
 from capjax.mesh import check_batch_size
 from capjax.models.captioner import Captioner
 from capjax.objectives.policy_gradient import ALGORITHMS, PolicyGradient
@@ -315,7 +316,9 @@ def check_beginnings(parts: Parts, root: epath.Path) -> None:
         return
     now = beginnings(parts)
     for name, then in json.loads(path.read_text()).items():
-        if now.get(name) != then:
+        if name == BEGINNING:
+            check_grammar_beginning(parts.rewards.grammar, root, then)
+        elif now.get(name) != then:
             section, _, field = name.partition(".")
             raise UserError(
                 f"{name}={parts.config[section][field]} is not what this run began with (step "

@@ -22,11 +22,12 @@ from capjax.commands.reinforce_alarms import AlarmWriter
 from capjax.commands.reinforce_data import (
     HostScores,
     ImageArrays,
-    grammar_head,
     load_function,
     with_arrays,
 )
+from capjax.commands.reinforce_grammar import open_grammar, own_towers, write_grammar_beginning
 from capjax.commands.reinforce_parts import (
+    BEGINNINGS,
     Parts,
     check_beginnings,
     open_parts,
@@ -241,7 +242,8 @@ class _Program:
         write_beginnings(parts, self._root)
         if jax.process_index() == 0 and parts.measures.judge is None:
             say("no evaluate.judge: nothing will tell whether the reward is hacked")
-        self._frozen = self._opened()
+        self._frozen = self._opened(say)
+        write_grammar_beginning(parts.rewards.grammar, self._root, self._root / BEGINNINGS)
         self._arrays.shapes()
         # The mesh has its copy, where one is needed.
         self._parts = parts._replace(base=dataclasses.replace(parts.base, params={}))
@@ -303,25 +305,26 @@ class _Program:
         self._host.programs = Programs(sampled, learned, frozen)
         return self._alarms.lowering(self._host)
 
-    def _opened(self) -> dict[str, Any]:
+    def _opened(self, say: Callable[[str], None]) -> dict[str, Any]:
         """Parameters that do not train, on the mesh."""
         parts, frozen = self._parts, {}
         if _has_copy(parts):
             names = parts.model.param_specs().keys()
             params = {name: parts.base.params[name] for name in names}
             frozen["reference"] = place_tree(parts.mesh, params, parts.model.param_specs())
-        if parts.reward_towers is not None:
-            frozen["towers"] = parts.reward_towers.params
-        if "grammar" in parts.rewards.used and parts.reward_towers is not None:
-            head = grammar_head(
-                parts.rewards.grammar.head,
-                parts.config.rewards.towers,
-                parts.references,
-                self._root / "grammar_head.npz",
-                parts.config.rewards.prompt,
-            )
-            specs = jax.tree.map(lambda x: P(*(None,) * x.ndim), head)
-            frozen["grammar"] = place_tree(parts.mesh, head, specs)
+        if (towers := parts.reward_towers) is not None:
+            if "grammar" in parts.rewards.used:
+                opened = open_grammar(
+                    parts.rewards.grammar,
+                    own_towers(parts.config.rewards.towers),
+                    parts.references,
+                    self._arrays.image_ND,
+                    parts.config.rewards.prompt,
+                    self._root,
+                    say,
+                )
+                towers, frozen["grammar"] = opened.placed(towers, parts.mesh)
+            frozen["towers"] = towers.params
         if (table := self._arrays.ngrams) is not None:
             specs = jax.tree.map(lambda x: P(*(None,) * x.ndim), table)
             frozen["ngrams"] = place_tree(parts.mesh, table, specs)

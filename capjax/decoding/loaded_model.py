@@ -303,8 +303,7 @@ class LoadedModel:
     ) -> np.ndarray:
         if not len(texts) or batch_size < 1:
             raise UserError(f"{len(texts)} texts, batch_size={batch_size}: expected at least 1")
-        embedder = self.embedder
-        tokens = self._encode(texts, embedder.config.text_length)
+        embedder, tokens = self.embedder, self.text_tokens(texts)
         outputs = []
         for chunk, _, size in self.chunks(tokens, batch_size):
             made = self.on_device(
@@ -314,6 +313,10 @@ class LoadedModel:
             )
             outputs.append(jax.device_get(made)[: len(chunk)])
         return np.concatenate(outputs)
+
+    def text_tokens(self, texts: Sequence[str]) -> np.ndarray:
+        """int32 [N, L]: texts as the towers read them."""
+        return self._encode(texts, self.embedder.config.text_length)
 
     def _encode(self, texts: Sequence[str], length: int) -> np.ndarray:
         lower = self.config.get("captions", {}).get("lower", False)

@@ -15,7 +15,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from capjax.checkpoint.digest import digest_lanes, to_hex
+from capjax.checkpoint.digest import params_digest
 from capjax.checkpoint.reading import warn
 from capjax.data.images import ImagePreprocessing
 from capjax.data.records import CorruptRecord
@@ -121,16 +121,6 @@ def kept(directory: epath.Path, described: Any, make: Callable[[], ImageRows]) -
         except OSError as error:
             warn(f"features cannot be kept in {directory} ({error.strerror or error})")
     return rows
-
-
-def params_digest(params: Params) -> str:
-    """Of all parameters: hexadecimal, the same on any mesh."""
-    leaves = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): x
-        for path, x in jax.tree.leaves_with_path(params)
-    }
-    digests = to_hex(digest_lanes(leaves))
-    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -133,6 +133,11 @@ class CoCa(PureModel):
 
     config: CoCaConfig
     module_class: ClassVar[type] = CoCaModule
+    # Patterns of the parameters that embed texts, and that no image goes through.
+    text_side: ClassVar[tuple[str, ...]] = (
+        r"decoder/(token_embedding|position_embedding|unimodal_blocks|class_\w+)",
+        "contrastive",
+    )
 
     @property
     def mask_id(self) -> int:
@@ -171,8 +176,14 @@ class CoCa(PureModel):
         The last of the `text_length` tokens, which is EOS in a caption that fills them, is not
         read: so the vectors are those of the training pass, whose inputs are the labels shifted.
         """
+        return self.project_text(params, self.text_feature(params, tokens_TL))
+
+    def project_text(
+        self, params: Params, feature_TD: Float[Array, "T D"]
+    ) -> Float[Array, "T embedding"]:
+        """Float32 embeddings of length 1, of what `text_feature` gave."""
         projection = self.module(params).decoder.class_projection
-        return unit_norm(apply_projection(projection, self.text_feature(params, tokens_TL)))
+        return unit_norm(apply_projection(projection, feature_TD))
 
     def text_feature(self, params: Params, tokens_TL: Int[Array, "T L"]) -> Float[Array, "T E"]:
         """The text's feature before the projection; of what `embed_text` reads."""

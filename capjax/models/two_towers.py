@@ -149,6 +149,8 @@ class TwoTowers(PureModel):
 
     config: TwoTowersConfig
     module_class: ClassVar[type] = TwoTowersModule
+    # Patterns of the parameters that no image goes through.
+    text_side: ClassVar[tuple[str, ...]] = ("text_encoder", "contrastive")
 
     def encode(
         self, params: Params, images_BHWC: UInt8[Array, "B H W C"] | Float[Array, "B H W C"]
@@ -171,7 +173,10 @@ class TwoTowers(PureModel):
 
     def embed_text(self, params: Params, tokens_TL: Int[Array, "T L"]) -> Float[Array, "T E"]:
         """Float32 embeddings of length 1; tokens are padded with 0."""
-        feature_TD = self.text_feature(params, tokens_TL)
+        return self.project_text(params, self.text_feature(params, tokens_TL))
+
+    def project_text(self, params: Params, feature_TD: Float[Array, "T D"]) -> Float[Array, "T E"]:
+        """Float32 embeddings of length 1, of what `text_feature` gave."""
         return unit_norm(apply_projection(self.module(params).text_encoder.projection, feature_TD))
 
     def text_feature(self, params: Params, tokens_TL: Int[Array, "T L"]) -> Float[Array, "T D"]:

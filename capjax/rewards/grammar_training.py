@@ -1,7 +1,7 @@
 """Training of the grammar head: captions as they are against the same captions broken.
 
-Cho et al. 2022, "Fine-grained Image Captioning with CLIP Reward". There the text tower learns along
-with the head, from captions and images; here it stays as it is.
+Cho et al. 2022, "Fine-grained Image Captioning with CLIP Reward". Here the text tower stays as it
+is; in `capjax.rewards.grammar_tower` it learns along with the head, as in the paper.
 
 Letters: N captions, M = copies * N broken ones, D width of the tower's feature.
 """
@@ -9,13 +9,14 @@ Letters: N captions, M = copies * N broken ones, D width of the tower's feature.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from capjax.dims import Array, Params
+from capjax.dims import Array, Float, Params
 from capjax.errors import UserError
 from capjax.rewards.corruption import corrupt
 from capjax.rewards.grammar import grammar_logits, grammar_score, init_grammar_head
@@ -63,6 +64,40 @@ def train_grammar_head(
     return _train(training, *features)
 
 
+class Corpus(NamedTuple):
+    """Captions to learn grammar from, each once, in a random order.
+
+    whole: the first `num_held_out` of them are not learnt from. broken: of each copy, all of them,
+    broken. vocabulary: their words, with which they are broken.
+    """
+
+    whole: list[str]
+    broken: list[list[str]]
+    num_held_out: int
+    vocabulary: list[str]
+
+
+def grammar_corpus(texts: Sequence[str], training: GrammarTraining = GrammarTraining()) -> Corpus:
+    """The different captions among `texts`; the same whatever their order.
+
+    Raises `UserError` where there are fewer than two.
+    """
+    distinct = sorted({text.strip() for text in texts} - {""})
+    num_held_out = max(1, round(training.held_out * len(distinct)))
+    if len(distinct) <= num_held_out:
+        raise UserError(
+            f"{len(distinct)} different captions to learn grammar from, {num_held_out} of them "
+            "held out: expected more"
+        )
+    order = np.random.default_rng(training.seed).permutation(len(distinct))
+    vocabulary = sorted({word for text in distinct for word in text.split()})
+    broken = [
+        [corrupt(distinct[place], vocabulary, (training.seed, copy, int(place))) for place in order]
+        for copy in range(training.copies)
+    ]
+    return Corpus([distinct[place] for place in order], broken, num_held_out, vocabulary)
+
+
 def fit_grammar_head(
     text_features: Callable[[Sequence[str]], np.ndarray],
     texts: Sequence[str],
@@ -75,38 +110,54 @@ def fit_grammar_head(
         prompt, if there is one, as the reward reads captions.
       texts: good captions; each counts once. Their words are what others are broken with.
 
-    Returns (params, metrics): `grammar_accuracy`, the share told right of held-out captions, whole
-    and broken alike; `grammar_whole` and `grammar_broken`, their mean scores. Raises `UserError`
-    where there are fewer than two captions.
+    Returns (params, what `held_out_metrics` does). Raises `UserError` where there are fewer than
+    two captions.
     """
-    distinct = sorted({text.strip() for text in texts} - {""})
-    num_held_out = max(1, round(training.held_out * len(distinct)))
-    if len(distinct) <= num_held_out:
-        raise UserError(
-            f"{len(distinct)} different captions to learn grammar from, {num_held_out} of them "
-            "held out: expected more"
-        )
-    order = np.random.default_rng(training.seed).permutation(len(distinct))
-    vocabulary = sorted({word for text in distinct for word in text.split()})
-    broken = [
-        corrupt(distinct[place], vocabulary, (training.seed, copy, int(place)))
-        for copy in range(training.copies)
-        for place in order
-    ]
-    whole_ND = text_features([distinct[place] for place in order])
-    broken_CND = text_features(broken).reshape(training.copies, len(order), -1)
-    params = train_grammar_head(
-        whole_ND[num_held_out:],
-        broken_CND[:, num_held_out:].reshape(-1, whole_ND.shape[1]),
+    corpus = grammar_corpus(texts, training)
+    params = fit_corpus(text_features, corpus, training)
+    return params, held_out_metrics(params, text_features, corpus)
+
+
+def fit_corpus(
+    text_features: Callable[[Sequence[str]], np.ndarray],
+    corpus: Corpus,
+    training: GrammarTraining = GrammarTraining(),
+) -> Params:
+    """A head that has learnt from the captions of `corpus` that are not held out."""
+    learnt = slice(corpus.num_held_out, None)
+    return train_grammar_head(
+        text_features(corpus.whole[learnt]),
+        text_features([text for copy in corpus.broken for text in copy[learnt]]),
         training,
     )
-    whole_N = np.asarray(grammar_score(params, jnp.asarray(whole_ND[:num_held_out])))
-    broken_N = np.asarray(grammar_score(params, jnp.asarray(broken_CND[0, :num_held_out])))
-    return params, {
+
+
+def held_out_metrics(
+    params: Params, text_features: Callable[[Sequence[str]], np.ndarray], corpus: Corpus
+) -> dict[str, float]:
+    """How well a head does on the captions held out.
+
+    `grammar_accuracy`: the share told right, of whole and broken ones alike; `grammar_whole` and
+    `grammar_broken`: their mean scores.
+    """
+    whole_N, broken_N = (
+        np.asarray(grammar_score(params, jnp.asarray(text_features(texts[: corpus.num_held_out]))))
+        for texts in (corpus.whole, corpus.broken[0])
+    )
+    return {
         "grammar_accuracy": float(((whole_N > 0.5).mean() + (broken_N < 0.5).mean()) / 2),
         "grammar_whole": float(whole_N.mean()),
         "grammar_broken": float(broken_N.mean()),
     }
+
+
+def grammar_loss(
+    params: Params, whole_BD: Float[Array, "B D"], broken_BD: Float[Array, "B D"]
+) -> Float[Array, ""]:
+    """The cross-entropy of whole against broken, in nats, mean over both."""
+    logits = [grammar_logits(params, feature_BD) for feature_BD in (whole_BD, broken_BD)]
+    gaps = [logits_B2[:, 1] - logits_B2[:, 0] for logits_B2 in logits]
+    return jnp.mean(jax.nn.softplus(-gaps[0])) / 2 + jnp.mean(jax.nn.softplus(gaps[1])) / 2
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -116,11 +167,6 @@ def _train(training: GrammarTraining, whole_ND: Array, broken_MD: Array) -> Para
     init_key, key = jax.random.split(jax.random.key(training.seed))
     params = init_grammar_head(init_key, whole_ND.shape[1], training.hidden_width)
 
-    def loss(params, drawn):
-        logits = [grammar_logits(params, feature_ND) for feature_ND in drawn]
-        gaps = [logits_N2[:, 1] - logits_N2[:, 0] for logits_N2 in logits]
-        return jnp.mean(jax.nn.softplus(-gaps[0])) / 2 + jnp.mean(jax.nn.softplus(gaps[1])) / 2
-
     def step(carry, number):
         params, state = carry
         keys = jax.random.split(jax.random.fold_in(key, number))
@@ -128,7 +174,7 @@ def _train(training: GrammarTraining, whole_ND: Array, broken_MD: Array) -> Para
             feature_ND[jax.random.randint(one, (training.batch_size,), 0, len(feature_ND))]
             for one, feature_ND in zip(keys, (whole_ND, broken_MD), strict=True)
         ]
-        updates, state = optimizer.update(jax.grad(loss)(params, drawn), state, params)
+        updates, state = optimizer.update(jax.grad(grammar_loss)(params, *drawn), state, params)
         return (optax.apply_updates(params, updates), state), None
 
     carry = (params, optimizer.init(params))

@@ -20,6 +20,7 @@ from capjax.errors import UserError
 from capjax.rewards.clip_score import DEFINITIONS, clip_score_reward, ref_clip_score_reward
 from capjax.rewards.consensus_device import cider_d
 from capjax.rewards.grammar import grammar_score
+from capjax.rewards.grammar_tower import TowerTraining
 from capjax.rewards.normalize import KINDS
 from capjax.rewards.self_retrieval import FORMS, self_retrieval
 from capjax.rewards.text_shape import length_penalty, repetition_penalty
@@ -115,13 +116,27 @@ class CiderD(_Weighed):
 class Grammar(_Weighed):
     """How surely a head takes the caption for one that nobody broke (Cho et al. 2022).
 
-    head: a file of its weights; "": one is trained on the captions of the source.
+    head: a file of its weights, and of the towers' text side where that has learnt with it; "": one
+    is trained on the captions of the source. train_tower: the text side learns with it, as `tower`
+    says (see `capjax.rewards.grammar_tower`), and is what all rewards of these towers read.
     """
 
     head: str = ""
+    train_tower: bool = False
+    tower: TowerTraining = dataclasses.field(default_factory=TowerTraining)
 
     def __post_init__(self):
         super().__post_init__()
+        if self.train_tower and not self.weight:
+            raise UserError(
+                "rewards.grammar.train_tower with rewards.grammar.weight=0: nothing would read its "
+                "head; set a weight"
+            )
+        if self.train_tower and self.head:
+            raise UserError(
+                f"rewards.grammar.train_tower with rewards.grammar.head={self.head}: that file has "
+                "been trained; leave one of the two out"
+            )
         if self.head and not epath.Path(self.head).exists():
             raise UserError(f"rewards.grammar.head={self.head}: there is no such file")
 

@@ -7,7 +7,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from capjax.checkpoint.digest import digest_lanes, to_hex
+from capjax.checkpoint.digest import digest_lanes, params_digest, to_hex
+from capjax.mesh import bias_V, kernel_DF, place_tree
 
 WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
@@ -82,3 +83,12 @@ def test_sees_what_sums_and_values_do_not():
     zero = np.zeros((8, 8), np.float32)
     all_of_them = [x, x.T, swapped, shifted, moved, elsewhere, nan, other_nan, zero, -zero]
     assert len({digest(a) for a in all_of_them}) == len(all_of_them)
+
+
+def test_of_all_parameters_on_any_mesh(mesh_of):
+    some = {"a": {"kernel": jnp.arange(16.0).reshape(4, 4)}, "b": jnp.ones(4)}
+    digest = params_digest(some)
+    specs = {"a": {"kernel": kernel_DF}, "b": bias_V}
+    assert params_digest(place_tree(mesh_of(2, 2), some, specs)) == digest
+    assert params_digest(some | {"b": some["b"].at[3].add(1e-3)}) != digest
+    assert params_digest({"a": some["a"], "c": some["b"]}) != digest

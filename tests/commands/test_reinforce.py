@@ -12,9 +12,15 @@ from etils import epath
 import capjax
 from capjax.checkpoint import load_params, step_directory
 from capjax.commands import settings
+from capjax.commands.reinforce_grammar import (
+    BEGINNING,
+    check_grammar_beginning,
+    write_grammar_beginning,
+)
 from capjax.commands.reinforce_parts import build_policy, build_rewards
 from capjax.data.sources import open_source
 from capjax.errors import UserError
+from capjax.rl.reward_terms import Grammar
 from tests.commands.conftest import REPOSITORY, finish, start, train_losses
 
 TINY = '''
@@ -45,6 +51,11 @@ def reward(images, captions, references):
     return [[len(text) / 100 + image.mean() / 255 for text in texts]
             for image, texts in zip(images, captions)]
 '''
+TOWER = (
+    "--config.rewards.grammar.weight=0.1",
+    "--config.rewards.grammar.train_tower=True",
+    "--config.rewards.grammar.tower.steps=4",
+)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +106,7 @@ def lines_of(workdir):
 @pytest.mark.parametrize(
     ("arg", "towers", "flags"),
     [
-        ("self_retrieval", "towers", ()),
+        ("self_retrieval", "towers", TOWER),
         (
             "cider",
             "towers",
@@ -126,7 +137,7 @@ def test_a_run_that_was_cut_goes_on_as_if_it_had_not_been(runs, tmp_path, arg, t
     shutil.copytree(whole, cut)  # and lose what came after the second step
     shutil.rmtree(step_directory(epath.Path(cut / "checkpoints"), 4))
     output = finish(reinforce(runs, cut, *flags, arg=arg))
-    assert "resuming after step 2" in output
+    assert "resuming after step 2" in output and "learns grammar" not in output
     assert train_losses(whole) == train_losses(cut)
     params, again = (load_params(path).params for path in (whole, cut))
     jax.tree.map(np.testing.assert_array_equal, params, again)
@@ -168,7 +179,7 @@ def test_eight_devices_and_rewards_of_ones_own(runs, tmp_path):
 def test_two_processes_learn_as_one(runs, tmp_path):
     """Parameters split between them, and rewards of the host, each of its own rows'."""
     flags = (f"--towers={runs}/others", "--config.policy.algorithm=scst", "--config.mesh.fsdp=2")
-    flags += ("--config.optimizer.learning_rate=1e-4", "--config.rewards.grammar.weight=0.1")
+    flags += ("--config.optimizer.learning_rate=1e-4", *TOWER)
     flags += ("--config.total_steps=2", "--config.checkpoint.every_steps=0")
     flags += ("--config.sampling.prefix=2",)
     one, two = tmp_path / "one", tmp_path / "two"
@@ -199,6 +210,9 @@ def test_two_processes_learn_as_one(runs, tmp_path):
         (("--config.rewards.functions.length=reward.py",), "a reward has that name"),
         (("--config.rewards.self_retrieval.form=logg",), "rewards.self_retrieval.form='logg'"),
         (("--config.rewards.grammar.head=no.npz",), "there is no such file"),
+        (("--config.rewards.grammar.train_tower=True",), "rewards.grammar.weight=0"),
+        ((*TOWER, f"--config.rewards.grammar.head={__file__}"), "leave one of the two out"),
+        (("--config.rewards.grammar.tower.steps=0",), "grammar.tower.steps=0"),
     ],
 )
 def test_what_makes_no_sense_is_refused(flags, words):
@@ -206,6 +220,26 @@ def test_what_makes_no_sense_is_refused(flags, words):
     with pytest.raises(UserError, match=words.replace("(", r"\(")):
         build_policy(config)
         build_rewards(config)
+
+
+def test_another_file_of_the_grammar_is_refused(tmp_path):
+    root, term = epath.Path(tmp_path), Grammar(weight=1.0, train_tower=True)
+    kept, beginnings = root / "grammar_tower.npz", root / "started_from.json"
+    beginnings.write_text('{"rewards.towers": {"step": 3}}')
+    kept.write_bytes(b"one")
+    write_grammar_beginning(term, root, beginnings)
+    then = json.loads(beginnings.read_text())
+    assert then["rewards.towers"] == {"step": 3}
+    check_grammar_beginning(term, root, then[BEGINNING])
+    kept.write_bytes(b"other")
+    write_grammar_beginning(term, root, beginnings)  # which changes nothing
+    assert json.loads(beginnings.read_text()) == then
+    with pytest.raises(UserError, match=r"grammar_tower\.npz is not what this run began with"):
+        check_grammar_beginning(term, root, then[BEGINNING])
+    kept.unlink()
+    with pytest.raises(UserError, match="put that file back"):
+        check_grammar_beginning(term, root, then[BEGINNING])
+    check_grammar_beginning(Grammar(), root, then[BEGINNING])
 
 
 @pytest.mark.slow

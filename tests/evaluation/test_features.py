@@ -9,8 +9,8 @@ from etils import epath
 from capjax.data.images import ImagePreprocessing
 from capjax.errors import UserError
 from capjax.evaluation import features
-from capjax.evaluation.features import frozen_features, params_digest
-from capjax.mesh import bias_V, kernel_DF, place_tree
+from capjax.evaluation.features import frozen_features
+from capjax.mesh import place_tree
 from capjax.models.captioner import Captioner, CaptionerConfig
 from capjax.models.towers import Towers
 from tests.evaluation.tiny import (
@@ -88,15 +88,6 @@ def test_what_is_kept_is_taken_for_the_same_alone(tmp_path, monkeypatch):
                 made(directory=directory)
     np.testing.assert_array_equal(made(directory=directory).values, first.values)
     assert list(directory.iterdir()) == [file] and file.read_bytes() == whole
-
-
-def test_the_digest_is_of_every_parameter_on_any_mesh():
-    some = {"a": {"kernel": jnp.arange(16.0).reshape(4, 4)}, "b": jnp.ones(4)}
-    digest = params_digest(some)
-    specs = {"a": {"kernel": kernel_DF}, "b": bias_V}
-    assert params_digest(place_tree(EIGHT, some, specs)) == digest
-    assert params_digest(some | {"b": some["b"].at[3].add(1e-3)}) != digest
-    assert params_digest({"a": some["a"], "c": some["b"]}) != digest
 
 
 def test_what_there_is_not_is_an_error():
