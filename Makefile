@@ -18,7 +18,7 @@ quickstart: core
 	$(BIN)/capjax report --workdir=$(RUN)
 
 test: lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-fast: dev
 	$(BIN)/python -m pytest -n 2 -m "not slow"

@@ -25,7 +25,7 @@ TWO_TOWERS = TwoTowersConfig(**IMAGE, pool="map", vocab_size=300, text_length=6)
 @pytest.fixture(autouse=True)
 def devices(monkeypatch):
     """The devices are set up already."""
-    monkeypatch.setattr("capjax.commands.runtime.start", lambda args: None)
+    monkeypatch.setattr("capjax.commands.runtime.start", lambda args, alike=None: None)
 
 
 @pytest.fixture(scope="module")
