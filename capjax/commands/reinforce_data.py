@@ -192,6 +192,7 @@ class HostScores:
     """What the host makes of sampled captions: its own rewards, and texts for other tokenizers.
 
     Args:
+      references: of every example; none where no reward of the host is in use.
       functions: name -> `reward(images, captions, references)`: uint8 [b, H, W, 3] as the captioner
         sees them, lists of the captions of each, lists of the references of each -> [b, J].
       towers: those that read texts, not ids; None: no reward does.
@@ -219,7 +220,7 @@ class HostScores:
         """The arrays that are `given` to the update, by name."""
         texts = [[self._tokenizer.decode(ids) for ids in image] for image in tokens_bJL]
         known = [
-            self._references[index] if is_used else []
+            self._references[index] if is_used and self._references else []
             for index, is_used in zip(rows["index"], rows["mask"], strict=True)
         ]
         given: Rows = {}
