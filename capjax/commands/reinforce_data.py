@@ -198,6 +198,7 @@ class HostScores:
     """What the host makes of sampled captions: its own rewards, and texts for other tokenizers.
 
     Args:
+      references: of every example; none where no reward of the host is in use.
       functions: name -> `reward(images, captions, references)`: uint8 [b, H, W, 3] as the captioner
         sees them, lists of the captions of each, lists of the references of each -> [b, J].
       towers: those that read texts, not ids; None: no reward does.
@@ -226,7 +227,7 @@ class HostScores:
         # Behind a prefix some tokenizers write the space before a caption.
         texts = [[self._tokenizer.decode(ids).lstrip() for ids in image] for image in tokens_bJL]
         known = [
-            self._references[index] if is_used else []
+            self._references[index] if is_used and self._references else []
             for index, is_used in zip(rows["index"], rows["mask"], strict=True)
         ]
         given: Rows = {}

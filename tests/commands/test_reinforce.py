@@ -12,6 +12,7 @@ from etils import epath
 import capjax
 from capjax.checkpoint import load_params, step_directory
 from capjax.commands import settings
+from capjax.commands.reinforce_data import HostScores
 from capjax.commands.reinforce_grammar import (
     BEGINNING,
     check_grammar_beginning,
@@ -19,9 +20,12 @@ from capjax.commands.reinforce_grammar import (
 )
 from capjax.commands.reinforce_parts import build_policy, build_rewards
 from capjax.data.sources import open_source
+from capjax.data.tokenizer import Tokenizer
+from capjax.decoding.loaded_model import LoadedModel
 from capjax.errors import UserError
-from capjax.rl.reward_terms import Grammar
+from capjax.rl.reward_terms import ClipScore, Grammar, Rewards
 from tests.commands.conftest import REPOSITORY, finish, start, train_losses
+from tests.evaluation import tiny
 
 TINY = '''
 """Reinforcement, shrunk."""
@@ -220,6 +224,18 @@ def test_what_makes_no_sense_is_refused(flags, words):
     with pytest.raises(UserError, match=words.replace("(", r"\(")):
         build_policy(config)
         build_rewards(config)
+
+
+def test_texts_for_other_towers_need_no_references():
+    towers = LoadedModel(tiny.towers(), tiny.params(), tiny.tokenizer(), tiny.PREPROCESSING, {}, 0)
+    rewards = Rewards(clip_score=ClipScore(weight=1.0))
+    captioner = Tokenizer.train(["the bright thing"] * 2, 275)
+    tokens_BL = captioner.encode_batch(["bright thing", "the thing"], 12)
+    rows = {"index": np.array([7, 2]), "mask": np.array([True, True]), "image": np.zeros(2)}
+    given = HostScores(rewards, captioner, [], {}, towers, "a ")(rows, tokens_BL[:, None])
+    (tokens_BJT,) = given.values()
+    expected_BT = towers.text_tokens(["a bright thing", "a the thing"])
+    np.testing.assert_array_equal(tokens_BJT[:, 0], expected_BT)
 
 
 def test_another_file_of_the_grammar_is_refused(tmp_path):
