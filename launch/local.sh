@@ -35,7 +35,7 @@ done
 killer=
 end() {
   trap - EXIT
-  kill -KILL ${killer:+"$killer"} -- "${groups[@]}" 2>/dev/null
+  kill -KILL -- ${killer:+"-$killer"} "${groups[@]}" 2>/dev/null
 }
 trap end EXIT
 
@@ -51,7 +51,9 @@ while ((${#number[@]})); do
   unset "number[$ended]"
   if ((status && !first)); then
     first=$status
-    (sleep "${GRACE:-60}"; kill -KILL -- "${groups[@]}") 2>/dev/null &
+    set -m # a group too: the sleep must not outlive this script with its output open
+    (sleep "${GRACE:-60}"; kill -KILL -- "${groups[@]}") >/dev/null 2>&1 &
+    set +m
     killer=$!
   fi
 done

@@ -96,8 +96,9 @@ def polyline(points: Sequence[tuple[float, float]], classes: str) -> str:
 
 def ticks(low: Number, high: Number, count: int = 5) -> list[float]:
     """About `count` round values (1, 2 or 5 times a power of ten) that span [low, high]."""
-    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-9):  # a flat line, in the middle
-        around = abs(low) if abs(low) > 1e-300 else 1  # less cannot be divided into ticks
+    tiny = 1e-300  # less cannot be divided into ticks
+    if high - low <= max(1e-9 * max(abs(low), abs(high)), tiny):  # a flat line, in the middle
+        around = abs(low) if abs(low) > tiny else 1
         low, high = low - around / 2, low + around / 2
     raw = (high - low) / max(count - 1, 1)
     power = 10.0 ** math.floor(math.log10(raw))

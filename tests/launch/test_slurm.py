@@ -5,6 +5,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -79,6 +80,7 @@ def test_a_job_is_stopped_requeued_and_goes_on_bit_for_bit(
     slurm, tiny_config, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")  # its capjax
     arguments = ("train", f"--config={tiny_config}", "--config.total_steps=40")
     whole = tmp_path / "whole"
     local = [REPOSITORY / "launch" / "local.sh", "2", "capjax", *arguments, f"--workdir={whole}"]

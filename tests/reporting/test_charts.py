@@ -65,6 +65,9 @@ def test_points_lie_where_the_axes_say():
 
 @given(finite, finite)
 @example(2.3, 6.06)
+@example(8.022673760022434e-53, 8.022673760022434e-53)
+@example(0.0, 3e-301)
+@example(1.01e-300, 1.5e-300)
 def test_the_grid_stays_within_the_frame(a, b):
     places = re.findall(r' y1="([^"]*)"', "".join(axes_of([0, 1], [a, b]).grid("step")))
     assert len(places) >= 2

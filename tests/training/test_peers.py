@@ -29,9 +29,10 @@ def opened(monkeypatch):
     """Every `Peers` of a test; their sockets are closed after it."""
     monkeypatch.setattr("capjax.training.meeting._REUNION_S", 0.5)
     yield OPENED
+    for peers in OPENED:
+        peers._all_left.set()  # nobody is to be ended by what follows
     while OPENED:
         peers = OPENED.pop()
-        peers._all_left.set()  # nobody is to be ended by what follows
         for link in peers._links.values():
             with contextlib.suppress(OSError):
                 link.shutdown(socket.SHUT_RDWR)
