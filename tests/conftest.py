@@ -24,6 +24,9 @@ os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR",
     str(Path(tempfile.gettempdir()) / f"capjax-test-compile-cache-{os.getuid()}"),
 )
+# Programs here run once or twice: LLVM's optimizations cost a third of the time of a test that
+# compiles and change no program above them.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 from jaxtyping import install_import_hook
 
