@@ -6,8 +6,11 @@ JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. A single task is 
 """
 
 import argparse
+import contextlib
 import os
 import re
+import socket
+import subprocess
 import sys
 import time
 import warnings
@@ -23,6 +26,8 @@ from capjax.training.peers import Peers
 # What may differ between the processes of one program.
 _OWN = ("process_id", "coordinator", "compile_cache", "verbose")
 _peers = Peers()
+_holder: subprocess.Popen | None = None
+_JAX_LATER_S = 5  # JAX sees a silence or a death so much later: `Peers` says it in one line
 
 
 class Place(NamedTuple):
@@ -200,6 +205,8 @@ def connect(place: Place, args: argparse.Namespace, alike: Mapping[str, Any]) ->
     # It would swallow SIGTERM. Ours is agreed upon by `Peers`, of every command and every signal.
     jax.config.update("jax_enable_preemption_service", False)
     left = args.initialization_timeout - (time.monotonic() - begin)
+    port = int(place.coordinator.rpartition(":")[2])
+    ours = _connections(port)
     jax.distributed.initialize(
         coordinator_address=place.coordinator,
         num_processes=place.num_processes,
@@ -207,8 +214,43 @@ def connect(place: Place, args: argparse.Namespace, alike: Mapping[str, Any]) ->
         local_device_ids=place.local_device_ids,
         cluster_detection_method="deactivate",
         initialization_timeout=max(int(left), 30),
-        heartbeat_timeout_seconds=args.heartbeat_timeout,
+        heartbeat_timeout_seconds=args.heartbeat_timeout + _JAX_LATER_S,
     )
+    if place.process_id == 0:
+        _hold(_connections(port) - ours)
+
+
+def _connections(port: int) -> set[int]:
+    """The file descriptors of this process's connections to a port of its own; none but on Linux."""
+    found = set()
+    for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
+        try:
+            link = socket.socket(fileno=int(name))
+        except OSError:  # no socket
+            continue
+        with contextlib.suppress(OSError):  # not connected: it listens
+            if link.getsockname()[1:2] == (port,) and link.getpeername():
+                found.add(link.fileno())
+        link.detach()
+    return found
+
+
+def _hold(connections: set[int]) -> None:
+    """Keeps JAX's connections to process 0, this one, open for some seconds after it was killed.
+
+    Where they close JAX ends the others at once, under lines of C++; so `Peers` is heard first. A
+    shell has them as well, and learns from its standard input when this process ends.
+    """
+    global _holder
+    if connections:
+        _holder = subprocess.Popen(
+            ["sh", "-c", f"trap '' TERM INT USR1; read _; sleep {_JAX_LATER_S - 2}"],
+            stdin=subprocess.PIPE,  # whose other end closes with this process
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=tuple(connections),
+            start_new_session=True,
+        )
 
 
 def _text_values(facts: Mapping[str, Any]) -> dict[str, str]:

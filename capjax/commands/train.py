@@ -143,8 +143,7 @@ def _train_run(plan, workdir, peers) -> bool:
                 plan.health.watchdog_s,
                 plan.health.watchdog_slow_s,
                 None if is_remote(root) else root / f"hang-{jax.process_index()}.txt",
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
+                peers,
             )
         )
         train_step = compiled_ahead(plan, root, stack)

@@ -55,7 +55,7 @@ def meet(
             link.close()
         raise UserError(verdict["refused"])
     for link in by_id.values():
-        _keep_alive(link, heartbeat_s)
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return Peers(process_id, tuple(verdict["hosts"]), by_id, heartbeat_s, end)
 
 
@@ -180,13 +180,3 @@ def _line_from(link: socket.socket, timeout_s: float) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return message if isinstance(message, dict) else None
-
-
-def _keep_alive(link: socket.socket, heartbeat_s: float) -> None:
-    """Lets the kernel see within a heartbeat that the other machine is gone."""
-    link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    seconds = {"TCP_KEEPIDLE": heartbeat_s / 3, "TCP_KEEPINTVL": heartbeat_s / 6, "TCP_KEEPCNT": 3}
-    for name, value in seconds.items():
-        if hasattr(socket, name):  # Linux's names
-            link.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), max(1, int(value)))

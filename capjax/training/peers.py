@@ -2,7 +2,7 @@
 
 JAX's coordination service joins them too, but tells of a process that died by ending this one under
 a page of C++ frames; here the cause comes first, in one line. `meeting.meet` makes the wire. What
-is sent is JSON, an object a line.
+is sent is JSON, an object a line; an empty one only says that who sends it is alive.
 """
 
 import contextlib
@@ -27,8 +27,9 @@ class Stop(NamedTuple):
 class Peers:
     """This process and the others; every method may be called from any thread.
 
-    A process that dies, or that fails and lets the others wait, ends this one: `end(line, status)`
-    is called, which prints the line and exits (tests replace it).
+    A process that dies, that is silent for `heartbeat_s`, or that fails and lets the others wait,
+    ends this one: `end(line, status)` is called, which prints the line and exits (tests replace
+    it).
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class Peers:
         """By default alone. `links`: those of process 0 to all others; of another, to process 0."""
         self.process_id, self.hosts = process_id, hosts
         self._links = dict(links or {})
-        self._grace_s = heartbeat_s / 2
+        self._heartbeat_s, self._grace_s = heartbeat_s, heartbeat_s / 2
         self._end = end or _exit
         self._changed = threading.Condition(threading.RLock())
         self._first_step = self._step = -1  # the first and the last that `stop_before` was asked of
@@ -104,25 +105,43 @@ class Peers:
     # What follows runs in the threads that listen.
 
     def _watch(self) -> None:
+        tick_s = min(1.0, self._heartbeat_s / 8)
+        sent = before = time.monotonic()
+        heard = dict.fromkeys(self._links, before)
         with selectors.DefaultSelector() as selector:
             for number, link in self._links.items():
                 selector.register(link, selectors.EVENT_READ, (number, bytearray()))
             while selector.get_map():
-                for key, _ in selector.select():
+                for key, _ in selector.select(tick_s):
                     number, buffer = key.data
-                    try:
-                        data = self._links[number].recv(1 << 16)
-                    except OSError:
-                        data = b""
-                    buffer += data
-                    *lines, rest = bytes(buffer).split(b"\n")
-                    buffer[:] = rest
-                    for line in lines:
-                        self._heard(number, json.loads(line))
-                    if not data:
+                    heard[number] = time.monotonic()
+                    if not self._read(number, buffer):
                         selector.unregister(key.fileobj)
                         self._links[number].close()
+                        del heard[number]
                         self._closed(number)
+                now = time.monotonic()
+                if now - before > self._heartbeat_s / 2:  # suspended, as the others may have been
+                    heard = dict.fromkeys(heard, now)
+                before = now
+                if now - sent >= self._heartbeat_s / 4:
+                    self._send_all({})
+                    sent = now
+                for number in heard.keys() - self._left:
+                    if now - heard[number] > self._heartbeat_s:
+                        self._silent(number)
+
+    def _read(self, number: int, buffer: bytearray) -> bool:
+        """Hears what has come from a process; False where nothing more will."""
+        try:
+            data = self._links[number].recv(1 << 16)
+        except OSError:
+            data = b""
+        *lines, rest = bytes(buffer + data).split(b"\n")
+        buffer[:] = rest
+        for line in lines:
+            self._heard(number, json.loads(line))
+        return bool(data)
 
     def _heard(self, number: int, message: dict[str, Any]) -> None:
         if "want" in message:
@@ -153,6 +172,13 @@ class Peers:
         elif self.process_id:
             self._all_left.set()
 
+    def _silent(self, number: int) -> None:
+        line = (
+            f"error: {self._name(number)} has been silent for {self._heartbeat_s:g} s "
+            "(--heartbeat_timeout): it was stopped, or its machine or the network is gone"
+        )
+        self._gone(line, 1)
+
     def _gone(self, line: str, status: int) -> None:
         self._end_all({"gone": line, "status": status}, line, status)
 
@@ -168,9 +194,10 @@ class Peers:
             deadline = time.monotonic() + 2
             for link in self._links.values():
                 with contextlib.suppress(OSError):
-                    link.settimeout(max(deadline - time.monotonic(), 0.001))
-                    while link.recv(1 << 16):
-                        pass
+                    while (left := deadline - time.monotonic()) > 0:
+                        link.settimeout(left)
+                        if not link.recv(1 << 16):
+                            break
         self._end(line, status)
 
     def _note_left(self, number: int) -> None:

@@ -13,10 +13,12 @@ import threading
 import time
 from typing import NoReturn
 
+from capjax.training.peers import Peers, Stop
 from capjax.training.phases import Phases
 
 REQUEUE_STATUS = 75  # EX_TEMPFAIL of sysexits.h: the same command again may well succeed
-_GRACE_S = 3.0  # for the other processes to say where they are, too: one that ends ends them
+_GRACE_S = 3.0  # for the other processes to say where they are, too: then this one ends all
+_END_S = 5.0  # for all to end, before this one does so by itself
 _WORDS = {
     "init": "starting",
     "compile": "compiling the training step",
@@ -34,6 +36,7 @@ class Watchdog:
       limit_s: between two steps; 0: no limit.
       slow_limit_s: at what takes longer: starting, compiling, one evaluation, one save; 0: none.
       file: the stacks of all threads are added to it, beside standard error; None: there alone.
+      peers: the processes that end with this one.
 
     A process that was stopped (SIGSTOP, a suspended job) does not age meanwhile. Code that hangs
     and holds Python's interpreter lock stops the watchdog as well.
@@ -45,15 +48,12 @@ class Watchdog:
         limit_s: float,
         slow_limit_s: float,
         file: str | os.PathLike | None,
-        *,
-        process_index: int = 0,
-        process_count: int = 1,
+        peers: Peers | None = None,
     ) -> None:
-        self._phases, self._file = phases, file
+        self._phases, self._file, self._peers = phases, file, peers or Peers()
         self._limits = {
             phase: limit_s if phase in ("data", "step") else slow_limit_s for phase in _WORDS
         }
-        self._process_index, self._process_count = process_index, process_count
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -79,11 +79,11 @@ class Watchdog:
                 self._end(still_s)
 
     def _end(self, still_s: float) -> NoReturn:
-        """Says it and exits. Nothing here takes a lock that a thread which hangs may hold."""
+        """Says it and ends all. Waits for no lock that a thread which hangs may hold."""
         phases = self._phases
         field = "watchdog_s" if phases.phase in ("data", "step") else "watchdog_slow_s"
         words = (
-            f"process {self._process_index} stood still for {still_s:.0f} s after step "
+            f"process {self._peers.process_id} stood still for {still_s:.0f} s after step "
             f"{phases.step}, {_WORDS[phases.phase]} (health.{field}); the stacks of its threads:\n"
         )
         when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -93,14 +93,17 @@ class Watchdog:
                 out = os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
                 _say(out, f"{when}: {words}")
         where = "above" if self._file is None else f"in {self._file}"
-        if self._process_count > 1:
-            time.sleep(_GRACE_S)
-        _write(
-            2,
-            f"capjax: error: nothing moved for {still_s:.0f} s, {_WORDS[phases.phase]} after step "
+        line = (
+            f"error: nothing moved for {still_s:.0f} s, {_WORDS[phases.phase]} after step "
             f"{phases.step}; where each thread stood is {where}; the same command goes on from "
-            "the last checkpoint\n",
+            "the last checkpoint"
         )
+        if len(self._peers.hosts) > 1:
+            time.sleep(_GRACE_S)
+        # In a thread, as what it takes may be what another one hangs with.
+        stop = Stop(line, REQUEUE_STATUS)
+        threading.Thread(target=self._peers.stop_now, args=(stop,), daemon=True).start()
+        time.sleep(_END_S)
         os._exit(REQUEUE_STATUS)
 
 

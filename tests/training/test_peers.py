@@ -11,7 +11,7 @@ import pytest
 
 from capjax.errors import RunAgain, UserError
 from capjax.training.loop import Stopped
-from capjax.training.meeting import meet
+from capjax.training.meeting import _join, meet
 from capjax.training.peers import Peers, Stop
 from capjax.training.stopping import StopSignals, end_cleanly
 
@@ -196,8 +196,32 @@ def test_a_death_ends_the_others_and_a_goodbye_does_not():
     assert ends[0] == ends[3]
 
 
+def test_one_that_is_silent_ends_the_others_by_name():
+    port, ends, heard = free_port(), [], b""
+    frozen = {"capjax": 2, "num_processes": 3, "host": "frozen", "facts": {}}
+
+    def join(number: int) -> Peers:
+        end = lambda line, status: ends.append((line, status))  # noqa: E731
+        address = f"127.0.0.1:{port}"
+        return meet(address, 3, number, {}, timeout_s=20.0, heartbeat_s=2.0, end=end)
+
+    with ThreadPoolExecutor(3) as pool:
+        others = pool.map(join, range(2))
+        link, _ = pool.submit(_join, "127.0.0.1", port, frozen, 20.0).result()
+        OPENED.extend(others)
+    begin = time.monotonic()
+    eventually(lambda: len(ends) == 2)
+    assert time.monotonic() - begin > 1.5
+    (line, status), other = ends
+    assert line.startswith("error: process 2 on frozen has been silent for 2 s (")
+    assert (line, status) == other == (line, 1)
+    with link:
+        while b"has been silent" not in heard:  # it is told too, for when it moves again
+            heard += link.recv(1 << 16)
+
+
 def test_a_failure_of_one_ends_the_others_with_its_words_and_status():
-    found, ends = meeting(*alike(2), heartbeat_s=0.2)
+    found, ends = meeting(*alike(2), heartbeat_s=1.0)
     begin = time.monotonic()
     assert not found[1].leave(2, "no such disk")  # so it does not wait for JAX's goodbye
     assert time.monotonic() - begin < 20
