@@ -15,7 +15,7 @@ when they are saved and compared with that of the arrays that were read.
 from capjax.checkpoint.checkpointer import Checkpointer, check_disk_space
 from capjax.checkpoint.directory import find_steps, list_steps, step_directory
 from capjax.checkpoint.metadata import RunInfo
-from capjax.checkpoint.reading import LoadedCheckpoint, load_params, read_tokenizer, verify
+from capjax.checkpoint.reading import LoadedCheckpoint, load_params, load_types, verify
 
 __all__ = [
     "Checkpointer",
@@ -25,7 +25,7 @@ __all__ = [
     "find_steps",
     "list_steps",
     "load_params",
-    "read_tokenizer",
+    "load_types",
     "step_directory",
     "verify",
 ]
