@@ -222,17 +222,14 @@ def connect(place: Place, args: argparse.Namespace, alike: Mapping[str, Any]) ->
 
 
 def _connections(port: int) -> set[int]:
-    """The file descriptors of this process's connections to a port of its own; none but on Linux."""
+    """The descriptors of this process's connections to a port of its own; none but on Linux."""
     found = set()
-    for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
-        try:
-            link = socket.socket(fileno=int(name))
-        except OSError:  # no socket
-            continue
-        with contextlib.suppress(OSError):  # not connected: it listens
+    listed = Path("/proc/self/fd")
+    for number in [int(path.name) for path in listed.iterdir()] if listed.is_dir() else ():
+        # Of a copy, which may be closed; an error: no socket, or not connected but listening.
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(number)) as link:
             if link.getsockname()[1:2] == (port,) and link.getpeername():
-                found.add(link.fileno())
-        link.detach()
+                found.add(number)
     return found
 
 
@@ -240,15 +237,16 @@ def _hold(connections: set[int]) -> None:
     """Keeps JAX's connections to process 0, this one, open for some seconds after it was killed.
 
     Where they close JAX ends the others at once, under lines of C++; so `Peers` is heard first. A
-    shell has them as well, and learns from its standard input when this process ends.
+    shell has them as well. Its standard input ends with this process; after a line it ends at once.
     """
     global _holder
     if connections:
         _holder = subprocess.Popen(
-            ["sh", "-c", f"trap '' TERM INT USR1; read _; sleep {_JAX_LATER_S - 2}"],
-            stdin=subprocess.PIPE,  # whose other end closes with this process
+            ["sh", "-c", f"trap '' TERM INT HUP USR1; read _ || exec sleep {_JAX_LATER_S - 2}"],
+            stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            cwd="/",
             pass_fds=tuple(connections),
             start_new_session=True,
         )
@@ -329,3 +327,5 @@ def leave(status: int, line: str = "") -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)  # JAX would wait for the others, and they for this one
+    if _holder is not None:
+        _holder.communicate(b"\n")

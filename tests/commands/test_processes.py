@@ -15,9 +15,11 @@ from tests.commands.conftest import train_losses
 from tests.commands.test_train import wait_for_step
 
 
-def start(workdir, config, *arguments, devices) -> subprocess.Popen:
+def start(
+    workdir, config, *arguments, devices, program=("-m", "capjax.cli")
+) -> subprocess.Popen:
     command = [
-        *(sys.executable, "-m", "capjax.cli", "train"),
+        *(sys.executable, *program, "train"),
         f"--config={config}",
         f"--workdir={workdir}",
         f"--num_cpu_devices={devices}",
@@ -53,14 +55,14 @@ CONTRASTIVE = (
 )
 
 
-def start_two(workdir, config, *overrides) -> list[subprocess.Popen]:
+def start_two(workdir, config, *overrides, **more) -> list[subprocess.Popen]:
     """Both of two processes that train together, with two devices each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     together = (f"--coordinator=127.0.0.1:{port}", "--num_processes=2")
     return [
-        start(workdir, config, *overrides, *together, f"--process_id={i}", devices=2)
+        start(workdir, config, *overrides, *together, f"--process_id={i}", devices=2, **more)
         for i in range(2)
     ]
 
@@ -125,6 +127,50 @@ def test_a_death_and_a_signal_cost_two_processes_nothing(uninterrupted, tiny_con
     outputs = finish(processes, status=75)
     newest = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
     assert all(f"stopped by SIGTERM after step {newest}, which is saved" in x for x in outputs)
+
+    finish(start_two(workdir, *again))
+    assert train_losses(workdir) == train_losses(uninterrupted[0])
+
+
+# `capjax`, where storage answers process 1 no more after step 9.
+HANGS = """
+import sys, threading
+from capjax import cli
+from capjax.commands import build
+
+plain = build.training_batches
+
+def hanging(plan, start, on_bad):
+    for batch in plain(plan, start, on_bad):
+        if max(batch["position"]) >= 9 * 16:
+            threading.Event().wait()
+        yield batch
+
+if "--process_id=1" in sys.argv:
+    build.training_batches = hanging
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.slow
+def test_death_of_the_first_and_a_hang_cost_two_processes_nothing(
+    uninterrupted, tiny_config, tmp_path
+):
+    workdir, again = tmp_path / "run", (tiny_config, *EIGHTEEN)
+    first, second = start_two(workdir, *again)
+    wait_for_step(workdir, 6, first)
+    first.kill()
+    (output,) = finish([second], status=1)  # not of a signal: JAX did not end it before us
+    first.communicate()
+    line = f"capjax: error: process 0 on {socket.gethostname()} has died;"
+    assert output.splitlines()[-1].startswith(line)
+
+    (tmp_path / "hangs.py").write_text(HANGS)
+    hangs = {"program": (str(tmp_path / "hangs.py"),)}
+    for output in finish(start_two(workdir, *again, "--config.health.watchdog_s=5", **hangs), 75):
+        assert "capjax: error: nothing moved for " in output.splitlines()[-1]
+    stacks = [(workdir / f"hang-{i}.txt").read_text() for i in range(2)]
+    assert ["in hanging" in text for text in stacks] == [False, True]
 
     finish(start_two(workdir, *again))
     assert train_losses(workdir) == train_losses(uninterrupted[0])
