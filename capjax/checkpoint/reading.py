@@ -1,7 +1,7 @@
 """A finished checkpoint, read for its model, or to see whether it is good."""
 
+import functools
 import os
-import sys
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeVar
 
@@ -27,6 +27,7 @@ from capjax.dims import Params
 from capjax.errors import UserError
 from capjax.training.lora import LORA, merge
 from capjax.training.patterns import nested
+from capjax.training.storage import read_bytes, warn
 
 Found = TypeVar("Found")
 
@@ -71,7 +72,7 @@ def _newest(
     damaged: dict[int, str] = {}
     for step in reversed(steps):
         try:
-            found = read(step_directory(directory, step))
+            found = second_look(functools.partial(read, step_directory(directory, step)))
         except Damage as damage:
             damaged[step] = str(damage)
             continue
@@ -92,7 +93,7 @@ def _tokenizer_and_names(directory: epath.Path) -> tuple[bytes, list[str]]:
 
 def _tokenizer(directory: epath.Path, metadata: Metadata) -> bytes:
     has_tokenizer = TOKENIZER_FILE in metadata["files"]
-    return (directory / TOKENIZER_FILE).read_bytes() if has_tokenizer else b""
+    return read_bytes(directory / TOKENIZER_FILE) if has_tokenizer else b""
 
 
 def _load(directory: epath.Path) -> LoadedCheckpoint:
@@ -135,9 +136,16 @@ def verify(directory: epath.Path, step: int) -> list[str]:
     return [*problems, first_of(unreadable)] if unreadable else problems
 
 
-def warn(line: str) -> None:
-    """Prints one line to stderr."""
-    print(f"capjax: warning: {line}", file=sys.stderr, flush=True)
+def second_look(read: Callable[[], Found]) -> Found:
+    """What `read` returns; where it raises `Damage` it is asked once more.
+
+    Below us, in Orbax, storage that does not answer looks like files that are not there. Asked
+    again, `read` begins with our own look at the files, which waits until the storage answers.
+    """
+    try:
+        return read()
+    except Damage:
+        return read()
 
 
 def all_damaged(directory: epath.Path, problems: Mapping[int, str]) -> str:
