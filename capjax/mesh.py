@@ -177,9 +177,11 @@ def place_tree(mesh: Mesh, tree, specs):
 
     def place(x, spec: P) -> jax.Array:
         sharding = NamedSharding(mesh, spec)
-        if sharding.is_fully_addressable:
+        if mesh.size == 1:
             return jax.device_put(x, sharding)
-        host = np.asarray(x)  # JAX moves no array from this process's device to another's
+        host = np.asarray(x)  # from device to device JAX would compile a program for each shape
+        if sharding.is_fully_addressable:
+            return jax.device_put(host, sharding)
         return jax.make_array_from_callback(host.shape, sharding, lambda part: host[part])
 
     return jax.tree.map(place, tree, specs)

@@ -19,6 +19,11 @@ ROOT = Path(__file__).parents[1]
 CODE = sorted([*ROOT.glob("capjax/**/*.py"), *ROOT.glob("tools/**/*.py")])
 README = (ROOT / "README.md").read_text()
 PICKLES = {"pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"}
+UNSAFE = {
+    *("eval", "exec", "os.system", "os.popen", "subprocess.getoutput"),
+    *("yaml.load", "yaml.unsafe_load", "yaml.full_load", "pandas.read_pickle", "pd.read_pickle"),
+}
+UNPACKING = {"extract", "extractall", "unpack_archive"}  # to paths that the archive names
 # Registries are the installers' business. Spelt in halves, so that this file does not match.
 HOSTS = [
     "pypi" + ".org",
@@ -70,7 +75,7 @@ def tracked_text() -> dict[str, str]:
 
 
 def unsafe_calls(tree: ast.Module) -> list[int]:
-    """Lines that could run code hidden in data: torch.load unless of weights only, eval, …"""
+    """Lines that could run code hidden in data, or write where an archive says."""
     lines = []
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
@@ -86,7 +91,17 @@ def unsafe_calls(tree: ast.Module) -> list[int]:
             keyword.arg == "weights_only" and ast.unparse(keyword.value) == "True"
             for keyword in node.keywords
         )
-        if called in ("eval", "exec") or (called == "torch.load" and not is_plain) or pickles:
+        in_a_shell = any(
+            keyword.arg == "shell" and ast.unparse(keyword.value) != "False"
+            for keyword in node.keywords
+        )
+        if (
+            called in UNSAFE
+            or called.rpartition(".")[2] in UNPACKING
+            or (called == "torch.load" and not is_plain)
+            or pickles
+            or in_a_shell
+        ):
             lines.append(node.lineno)
     return lines
 
@@ -104,10 +119,52 @@ def test_the_check_above_sees_what_it_should():
         "torch.load(f, weights_only=w)",
         "eval(x)",
         "g(allow_pickle=p)",
+        "exec(compile(x, y, z))",
+        "os.system(x)",
+        "yaml.load(f, Loader=yaml.Loader)",
+        "subprocess.run(x, shell=True)",
+        "tarfile.open(f).extractall(d)",
+        "zipfile.ZipFile(f).extract(m)",
     ):
         assert unsafe_calls(ast.parse(line)) == [1]
     assert not unsafe_calls(ast.parse("np.load(f, allow_pickle=False); ast.literal_eval(x)"))
     assert not unsafe_calls(ast.parse("torch.load(f, weights_only=True)"))
+    assert not unsafe_calls(ast.parse("subprocess.run([x]); yaml.safe_load(f); re.compile(x)"))
+
+
+def test_only_these_modules_can_reach_a_network():
+    """SECURITY.md says when they do. `etils` opens a workdir or a checkpoint that is a URL."""
+    network = {"aiohttp", "fsspec", "http", "requests", "socket", "ssl", "starlette", "uvicorn"}
+    network |= {"huggingface_hub", "httpx", "tensorflow_datasets", "wandb", "urllib.request"}
+    found = {
+        name_of(path)
+        for path in ROOT.glob("capjax/**/*.py")
+        if (names := all_imports(path)) and (roots(names) | names) & network
+    }
+    assert found == {
+        "capjax/commands/serve.py",
+        "capjax/data/boost_endpoint.py",
+        "capjax/data/readers/tfds_source.py",
+        "capjax/data/urls.py",
+        "capjax/serving/app.py",
+        "capjax/serving/upload.py",
+        "capjax/training/meeting.py",
+        "capjax/training/metrics.py",
+        "capjax/training/peers.py",
+        "capjax/training/workdir.py",  # the name of this machine
+    }
+
+
+@pytest.mark.parametrize("page", ["SECURITY.md", "docs/reliability.md"])
+def test_every_test_that_a_promise_names_exists(page):
+    promises = re.findall(
+        r"`(tests/\S+\.py)(?: -k (?:\"([^\"`]+)\"|([\w.]+)))?`", (ROOT / page).read_text()
+    )
+    assert len(promises) > 5
+    for name, several, single in promises:
+        tests = re.findall(r"^def (test_\w+)", (ROOT / name).read_text(), re.MULTILINE)
+        for word in (several or single).split(" or ") if several or single else ["test_"]:
+            assert any(word in test for test in tests), f"{page}: {name} -k {word}"
 
 
 def test_only_commands_know_the_config_and_only_models_know_nnx():

@@ -16,7 +16,7 @@ from capjax.checkpoint.checkpointer import Checkpointer, check_disk_space
 from capjax.checkpoint.directory import find_steps, list_steps, step_directory
 from capjax.checkpoint.keeping import Keep, best_step
 from capjax.checkpoint.metadata import RunInfo
-from capjax.checkpoint.reading import LoadedCheckpoint, load_params, read_tokenizer, verify
+from capjax.checkpoint.reading import LoadedCheckpoint, load_params, load_types, verify
 
 __all__ = [
     "Checkpointer",
@@ -28,7 +28,7 @@ __all__ = [
     "find_steps",
     "list_steps",
     "load_params",
-    "read_tokenizer",
+    "load_types",
     "step_directory",
     "verify",
 ]

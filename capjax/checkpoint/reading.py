@@ -3,7 +3,7 @@
 import functools
 import os
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from etils import epath
 
@@ -56,12 +56,13 @@ def load_params(path: str | os.PathLike) -> LoadedCheckpoint:
     return _newest(path, _load, warn)
 
 
-def read_tokenizer(path: str | os.PathLike) -> tuple[bytes, list[str]]:
-    """(tokenizer, names of the parameters) of the checkpoint that `load_params` would take.
+def load_types(path: str | os.PathLike) -> LoadedCheckpoint:
+    """What `load_params` would load, with the types of the parameters in the place of arrays.
 
-    No array is read. The tokenizer is empty where there is none. Raises as `load_params`.
+    No array is read, and of damage only that which the files' sizes and hashes tell is seen. Raises
+    as `load_params`.
     """
-    return _newest(path, _tokenizer_and_names, lambda line: None)
+    return _newest(path, _load_types, lambda line: None)
 
 
 def _newest(
@@ -85,32 +86,37 @@ def _newest(
     raise UserError(all_damaged(directory, damaged))
 
 
-def _tokenizer_and_names(directory: epath.Path) -> tuple[bytes, list[str]]:
-    metadata = checked_metadata(directory)
-    names = [n.removeprefix("params/") for n in metadata["arrays"] if n.startswith("params/")]
-    return _tokenizer(directory, metadata), names
-
-
-def _tokenizer(directory: epath.Path, metadata: Metadata) -> bytes:
-    has_tokenizer = TOKENIZER_FILE in metadata["files"]
-    return read_bytes(directory / TOKENIZER_FILE) if has_tokenizer else b""
-
-
 def _load(directory: epath.Path) -> LoadedCheckpoint:
     metadata = checked_metadata(directory)
-    tops = {name.partition("/")[0] for name in metadata["arrays"]}
-    top = "ema" if "ema" in tops else "params"
-    entries = {k: e for k, e in metadata["arrays"].items() if k.startswith(f"{top}/")}
+    entries = _entries(metadata)
     arrays = read_arrays(directory, on_one_device(entries))
     check_digests(arrays, entries)
-    params = nested(arrays)[top]
+    (params,) = nested(arrays).values()
     if LORA in params:
         lora = metadata["config"]["lora"]
         params = merge(params, lora["alpha"] / lora["rank"])
+    return _loaded(directory, metadata, params)
+
+
+def _load_types(directory: epath.Path) -> LoadedCheckpoint:
+    metadata = checked_metadata(directory)
+    (params,) = nested(on_one_device(_entries(metadata))).values()
+    return _loaded(directory, metadata, merge(params, 0.0))
+
+
+def _entries(metadata: Metadata) -> dict[str, Any]:
+    """The arrays that hold parameters: those of the average, where there is one."""
+    tops = {name.partition("/")[0] for name in metadata["arrays"]}
+    top = "ema" if "ema" in tops else "params"
+    return {k: e for k, e in metadata["arrays"].items() if k.startswith(f"{top}/")}
+
+
+def _loaded(directory: epath.Path, metadata: Metadata, params: Params) -> LoadedCheckpoint:
+    has_tokenizer = TOKENIZER_FILE in metadata["files"]
     return LoadedCheckpoint(
         params=params,
         metadata=metadata,
-        tokenizer_model=_tokenizer(directory, metadata),
+        tokenizer_model=read_bytes(directory / TOKENIZER_FILE) if has_tokenizer else b"",
         step=metadata["step"],
     )
 

@@ -33,6 +33,8 @@ from capjax.data.tokenizer import Tokenizer
 from capjax.errors import UserError, did_you_mean
 from capjax.models.towers import Towers
 from capjax.objectives.combined import Objectives
+from capjax.planning.estimate import argument_memory
+from capjax.planning.fit import available_bytes, check_fits
 from capjax.training.health import Health
 from capjax.training.lora import LoRA
 from capjax.training.state import TrainState
@@ -117,6 +119,7 @@ def build_run(config: ConfigDict, workdir: str) -> Plan:
         eos_id=tokenizer.eos_id,
         num_examples=len(source) if source else None,
     )
+    check_fits(argument_memory(*program.abstract_inputs()).peak, available_bytes())
     checkpoints = epath.Path(workdir) / "checkpoints"
     keep = build_keep(config, splits, measures, program.total_steps)
     check_disk_space(checkpoints, program.abstract_state, keep.at_most(program.total_steps))

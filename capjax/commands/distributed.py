@@ -87,7 +87,8 @@ def find_place(args: argparse.Namespace, together: bool) -> Place | None:
             f"--coordinator={address} --num_processes={count} --process_id={number}: give all "
             "three, the id from 0 to the number less 1, or --num_processes=1 alone"
         )
-    if not re.fullmatch(r".+:\d{1,5}", address):
+    port = re.fullmatch(r".+:(\d{1,5})", address)
+    if port is None or not 0 < int(port[1]) < 1 << 16:
         raise UserError(f"--coordinator={address}: expected HOST:PORT, such as node001:8476")
     return Place(address, count, number, local)
 

@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> None:
 
             plan = build_run(config, args.workdir)
         check_schedule(config, args.workdir)
+        check_warm_start(plan, args.workdir)
         resolved, defaults = (settings.resolved_dict(x) for x in (config, default_config()))
         workdir = stack.enter_context(
             open_workdir(args.workdir, resolved, MAY_CHANGE, without_caches, defaults)
@@ -84,6 +85,29 @@ def check_schedule(config, workdir: str) -> None:
     rollbacks = [rollback.offset(batch_size) for rollback in read_rollbacks(root)]
     seen = max(list_steps(root / "checkpoints"), default=0) * batch_size + max([0, *rollbacks])
     check_appended(schedule, config.data.schedule, seen)
+
+
+def check_warm_start(plan, workdir: str) -> None:
+    """Raises `UserError` where a new run could not take what `warm_start` says."""
+    from etils import epath
+
+    from capjax.checkpoint import list_steps, load_types
+    from capjax.commands.summary import check_tokens
+    from capjax.training.lora import merge
+    from capjax.training.warm_start import fitting_names
+
+    warm, kept = plan.warm_start, epath.Path(workdir).expanduser() / "checkpoints"
+    if not warm.path or list_steps(kept):
+        return
+    theirs = load_types(warm.path)
+    names = fitting_names(
+        merge(plan.abstract_state.params, 0.0),
+        theirs.params,
+        include=warm.include,
+        exclude=warm.exclude,
+        vocab_size=plan.tokenizer.vocab_size,
+    )
+    check_tokens(plan, theirs, names)
 
 
 def train_run(plan, workdir, peers=None) -> None:
@@ -305,7 +329,7 @@ def first_state(plan, say):
     import jax
 
     from capjax.checkpoint import load_params
-    from capjax.commands.summary import check_tokens, warm_start_changes
+    from capjax.commands.summary import warm_start_changes
     from capjax.training.lora import merge
     from capjax.training.state import with_params
     from capjax.training.warm_start import warm_start
@@ -326,7 +350,6 @@ def first_state(plan, say):
         exclude=warm.exclude,
         vocab_size=plan.tokenizer.vocab_size,
     )
-    check_tokens(plan, loaded, names)
     say(f"{len(names)} arrays of step {loaded.step} of {warm.path}, such as {names[0]}")
     for change in warm_start_changes(plan, loaded, names):
         say(f"warm start: {change}")

@@ -1,4 +1,4 @@
-"""Files of a source, on the local disk or wherever fsspec reaches (`gs://`, `s3://`, `memory://`).
+"""Files of a source, on the local disk or at a URL (`gs://`, `s3://`, see `capjax.data.urls`).
 
 A path without `://` is local and read without fsspec.
 """
@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from capjax.data.urls import file_system
 from capjax.errors import UserError
 
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -75,7 +76,7 @@ def state(path: str, *, fresh: bool = False) -> FileState:
     if not is_remote(path):
         found = os.stat(path)  # noqa: PTH116
         return FileState(found.st_size, str(found.st_mtime_ns))
-    system, inner = _system(path)
+    system, inner = file_system(path)
     with _as_os_error(path):
         if fresh:
             system.invalidate_cache()
@@ -118,7 +119,7 @@ def _read(path: str, start: int, length: int | None) -> bytes:
             return file.read() if length is None else file.read(length)
     if length == 0:
         return b""  # an empty range is the whole file to some servers
-    system, inner = _system(path)
+    system, inner = file_system(path)
     with _as_os_error(path):
         if length is None:
             return system.cat_file(inner, start=start or None)
@@ -201,7 +202,7 @@ def _existing(pattern: str) -> list[str]:
 
 
 def _remote_matches(pattern: str) -> list[str]:
-    system, path = _system(pattern)
+    system, path = file_system(pattern)
     try:
         with _as_os_error(pattern):
             if system.isfile(path):
@@ -217,19 +218,6 @@ def _remote_matches(pattern: str) -> list[str]:
     if not given.startswith("/"):  # some systems add a slash
         names = [name.lstrip("/") for name in names]
     return [name if is_remote(name) else f"{protocol}://{name}" for name in names]
-
-
-def _system(path: str) -> tuple[Any, str]:
-    """The file system of a URL, and the path within it."""
-    import fsspec
-
-    try:
-        return fsspec.core.url_to_fs(path)
-    except (ImportError, ValueError) as error:
-        raise UserError(
-            f"cannot read {path!r}: {error}; install the fsspec package of that kind of storage "
-            "(s3fs, gcsfs, adlfs, aiohttp), or give another URL"
-        ) from error
 
 
 @contextlib.contextmanager

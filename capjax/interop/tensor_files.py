@@ -38,8 +38,8 @@ def read_tensors(
                 return _read_file(file)
             index = path / f"{stem}{suffix}.index.json"
             if index.exists():
-                parts = sorted(set(read_json(index)["weight_map"].values()))
-                return {name: x for part in parts for name, x in _read_file(path / part).items()}
+                parts = [_read_file(path / part) for part in _parts(index)]
+                return {name: x for part in parts for name, x in part.items()}
     names = ", ".join(f"{stem}.safetensors" for stem in stems)
     raise UserError(f"{path}: no weights there; expected {names}")
 
@@ -73,6 +73,15 @@ def need_package(name: str, extra: str) -> ModuleType:
         raise UserError(
             f"this needs the package {package}: pip install 'capjax[{extra}]'"
         ) from error
+
+
+def _parts(index: Path) -> list[str]:
+    """The files beside `index` that it names. Raises `UserError` for one that lies elsewhere."""
+    named = read_json(index).get("weight_map")
+    files = sorted({str(part) for part in named.values()}) if isinstance(named, dict) else []
+    if not files or any(Path(part).name != part for part in files):
+        raise UserError(f"{index}: expected a weight_map of the names of files beside it")
+    return files
 
 
 def _read_file(path: Path) -> FlatArrays:

@@ -4,6 +4,11 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
+
+from capjax.errors import UserError
+from capjax.training.machine import memory_limit_bytes
+
 MAX_COMPILES = 8
 CLOSE = 1.06  # a batch that does not fit over one that does, at which the search ends
 _ASIDE = 1.029  # a little less than the root of CLOSE: as far from the line as is still close
@@ -133,6 +138,31 @@ def advice(
     if batch_size // steps <= largest:
         lines.append(f"accumulation_steps={steps} keeps batch_size={batch_size}")
     return lines
+
+
+def available_bytes() -> int | None:
+    """What one device of this process may hold; None where that is not known.
+
+    Devices of the CPU share what the process may use.
+    """
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        limit = memory_limit_bytes()
+        return limit and limit // jax.local_device_count()
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def check_fits(needed: int, available: int | None) -> None:
+    """Raises `UserError` where a step is given more bytes than a device has, whatever it computes.
+
+    `available` None: it is not known, and nothing is said.
+    """
+    if available is not None and needed > available:
+        raise UserError(
+            f"parameters, optimizer and batch take {gib(needed)} of each device, which has "
+            f"{gib(available)}: make the model or batch_size smaller, split more over mesh.fsdp or "
+            "mesh.tensor, or take more devices (`capjax plan` counts without them)"
+        )
 
 
 def gib(count: float | int) -> str:

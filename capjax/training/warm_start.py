@@ -56,6 +56,28 @@ def warm_start(
       exclude: patterns of what is not.
       vocab_size: tokens of both models, of which one may have a mask token besides; 0: not known.
 
+    Raises `UserError` as `fitting_names` does.
+    """
+    names = fitting_names(params, loaded, include=include, exclude=exclude, vocab_size=vocab_size)
+    leaves, there = by_name(params), by_name(loaded)
+    for name in names:
+        drawn = leaves[name]
+        x = _resized(name, np.asarray(there[name]), drawn.shape)
+        put = _placed if x.shape == drawn.shape else _with_first_rows
+        leaves[name] = put(x, drawn)
+    return jax.tree.unflatten(jax.tree.structure(params), list(leaves.values())), names
+
+
+def fitting_names(
+    params: Params,
+    loaded: Params,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    vocab_size: int = 0,
+) -> list[str]:
+    """The names of what `warm_start` would take. Types do as well as arrays: only shapes are read.
+
     Raises `UserError` with the whole difference unless exactly what is chosen is in both, in the
     same shapes.
     """
@@ -68,16 +90,16 @@ def warm_start(
             f"warm_start.exclude={tuple(exclude)} leaves nothing of what "
             f"warm_start.include={tuple(include)} takes; exclude less"
         )
-    new, shapes = {}, []
-    for name in sorted(chosen & here.keys() & there.keys()):
-        drawn = here[name]
-        x = _resized(name, np.asarray(there[name]), drawn.shape)
-        if x.shape == drawn.shape:
-            new[name] = _placed(x, drawn)
-        elif _may_differ_in_rows(name, x.shape, drawn.shape, vocab_size):
-            new[name] = _with_first_rows(x, drawn)
-        else:
-            shapes.append(f"{name} {x.shape} instead of {drawn.shape}")
+    both = sorted(chosen & here.keys() & there.keys())
+    shapes = []
+    for name in both:
+        theirs, ours = tuple(there[name].shape), here[name].shape
+        if not (
+            theirs == ours
+            or _is_resized(name, theirs, ours)
+            or _may_differ_in_rows(name, theirs, ours, vocab_size)
+        ):
+            shapes.append(f"{name} {theirs} instead of {ours}")
     _check(
         {
             "not in what is loaded": sorted(chosen & here.keys() - there.keys()),
@@ -85,15 +107,19 @@ def warm_start(
             "shapes": shapes,
         }
     )
-    leaves = [new.get(name, x) for name, x in here.items()]
-    return jax.tree.unflatten(jax.tree.structure(params), leaves), sorted(new)
+    return both
+
+
+def _is_resized(name: str, shape: tuple[int, ...], here: tuple[int, ...]) -> bool:
+    is_table = name == RESIZED and len(shape) == len(here) == 2 and shape[1] == here[1]
+    return is_table and all(math.isqrt(rows) ** 2 == rows for rows in (shape[0], here[0]))
 
 
 def _resized(name: str, x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    if name != RESIZED or x.ndim != 2 or x.shape[1:] != shape[1:]:
+    if x.shape == shape or not _is_resized(name, x.shape, shape):
         return x
     old, new = math.isqrt(len(x)), math.isqrt(shape[0])
-    return resize_position_embedding(x.astype(np.float32), old, new) if old**2 == len(x) else x
+    return resize_position_embedding(x.astype(np.float32), old, new)
 
 
 def _may_differ_in_rows(

@@ -78,16 +78,19 @@ def open_workdir(
         return Workdir(root, is_new=False)
     is_fresh_directory = not exists(root)
     _check_usable(root)
+
+    def allowed_changes() -> tuple[str, ...] | None:
+        if not exists(root / "config.json"):
+            return None
+        return _allowed_changes(root, json.loads(text), may_change, what_counts, defaults or {})
+
     lock = None
     try:
+        allowed_changes()  # before a byte is written; again below, when nobody else writes
         root.mkdir(parents=True, exist_ok=True)
         lock = _take_lock(root)
-        is_new = not exists(root / "config.json")
-        changes = (
-            ()
-            if is_new
-            else _allowed_changes(root, json.loads(text), may_change, what_counts, defaults or {})
-        )
+        changes = allowed_changes()
+        is_new = changes is None
         if is_new or changes:
             write_atomic(root / "config.json", text)
     except BaseException as error:
@@ -97,7 +100,7 @@ def open_workdir(
         if isinstance(error, OSError) and not isinstance(error, StorageError):
             raise UserError(f"workdir={root}: {error.strerror or error}; choose another") from error
         raise
-    return Workdir(root, is_new, changes, lock)
+    return Workdir(root, is_new, changes or (), lock)
 
 
 def _check_usable(root: epath.Path) -> None:

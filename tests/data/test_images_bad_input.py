@@ -229,7 +229,7 @@ def webp_of(width: int, height: int) -> bytes:
 
 
 BOMBS = {
-    "png": png(30_000, 30_000, 2, b"\0" * 100),
+    "png": png(50_000, 50_000, 2, b"\0" * 100),
     "jpeg": jpeg_of(30_000, 30_000),
     "gif": gif_of(60_000, 60_000),
     "webp": webp_of(16_383, 16_383),
@@ -242,6 +242,18 @@ BOMBS = {
 }
 
 
+def inflating() -> list[bytes]:
+    """Small PNGs, one part of each unpacks to 100 MB."""
+    zeros, rows = zlib.compress(bytes(100 << 20), 1), (b"\0" + b"\7" * 8 * 6) * 8
+    parts = [
+        (b"IDAT", zeros),
+        (b"zTXt", b"a\0\0" + zeros),
+        (b"iTXt", b"a\0\1\0\0\0" + zeros),
+        (b"iCCP", b"a\0\0" + zeros),
+    ]
+    return [png(8, 8, 2, rows, part) for part in parts]
+
+
 @pytest.mark.parametrize("kind", BOMBS)
 def test_a_bomb_is_refused_by_its_declared_size(kind):
     assert reason(BOMBS[kind]) == "too many pixels"
@@ -250,7 +262,7 @@ def test_a_bomb_is_refused_by_its_declared_size(kind):
 @pytest.mark.skipif(sys.platform != "linux", reason="limits its own address space")
 def test_a_bomb_takes_no_memory(tmp_path):
     paths = []
-    for number, data in enumerate(BOMBS.values()):
+    for number, data in enumerate([*BOMBS.values(), *inflating()]):
         paths.append(tmp_path / str(number))
         paths[-1].write_bytes(data)
     script = """
@@ -260,15 +272,17 @@ _formats()
 pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
 limit = pages * resource.getpagesize() + (32 << 20)
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-for path in sys.argv[1:]:
+num_bombs, *paths = sys.argv[1:]
+for number, path in enumerate(paths):
     try:
-        decode_image(pathlib.Path(path).read_bytes())
+        pixels = decode_image(pathlib.Path(path).read_bytes())
     except ImageError as error:
-        assert error.reason == "too many pixels", error
+        assert number >= int(num_bombs) or error.reason == "too many pixels", error
     else:
-        raise AssertionError(path)
+        assert number >= int(num_bombs) and pixels.shape == (8, 8, 3), path
 """
-    command = [sys.executable, "-W", "error", "-c", script, *map(str, paths)]
+    arguments = [str(len(BOMBS)), *map(str, paths)]
+    command = [sys.executable, "-W", "error", "-c", script, *arguments]
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr

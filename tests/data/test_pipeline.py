@@ -3,6 +3,7 @@
 import io
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import textwrap
 import time
 from collections import Counter
 from functools import cache, partial
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -396,6 +398,12 @@ CHILD = """
 """
 
 
+def in_shared_memory(pid: int) -> set[Path]:
+    """The files below /dev/shm that a process has mapped, removed since or not."""
+    maps = Path(f"/proc/{pid}/maps").read_text()
+    return set(map(Path, re.findall(r"(/dev/shm/\S+)", maps)))
+
+
 def test_workers_die_with_a_killed_parent(tmp_path, shards):
     # A fresh process besides: no test has marked the absl flags as parsed there.
     script, model = tmp_path / "child.py", tmp_path / "tokenizer.model"
@@ -406,6 +414,8 @@ def test_workers_die_with_a_killed_parent(tmp_path, shards):
         assert parent.stdout.readline() == "ready\n"
         children = psutil.Process(parent.pid).children(recursive=True)
         assert len(children) >= 2
+        shared = set().union(*(in_shared_memory(x.pid) for x in (parent, *children)))
+        assert shared  # the queues' semaphores at least
         os.kill(parent.pid, signal.SIGKILL)
         parent.wait()
         _, alive = psutil.wait_procs(children, timeout=5)
@@ -413,3 +423,7 @@ def test_workers_die_with_a_killed_parent(tmp_path, shards):
     for child in survivors:
         child.kill()
     assert not survivors
+    deadline = time.monotonic() + 5
+    while left := {path for path in shared if path.exists()}:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)

@@ -45,7 +45,6 @@ class Case(NamedTuple):
 
 CASES = {
     "cpu_fsdp4_tensor2_cappa": Case(CAPPA, "", {"fsdp": 4, "tensor": 2}),
-    "v5e_fsdp16_cappa": Case(CAPPA, "v5e:4x4", {"fsdp": 16}),
     "v5e_data2_fsdp8_siglip": Case(SIGLIP, "v5e:4x4", {"data": 2, "fsdp": 8}),
     "v5p_fsdp8_tensor2_cappa": Case(CAPPA, "v5p:2x2x4", {"fsdp": 8, "tensor": 2}),
     "two_v5e_replica2_fsdp16_cappa": Case(CAPPA, "2*v5e:4x4", {"replica": 2, "fsdp": 16}),

@@ -3,11 +3,24 @@
 import itertools
 import math
 
+import jax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capjax.planning.fit import CLOSE, MAX_COMPILES, Found, Try, advice, gib, largest_batch
+from capjax.errors import UserError
+from capjax.planning.fit import (
+    CLOSE,
+    MAX_COMPILES,
+    Found,
+    Try,
+    advice,
+    available_bytes,
+    check_fits,
+    gib,
+    largest_batch,
+)
+from capjax.training.machine import memory_limit_bytes
 
 AVAILABLE = 2**34
 SHAPES = {  # of the bytes of all activations, at a share `x` of the largest batch and bend `a`
@@ -140,3 +153,17 @@ def test_advice_where_no_batch_helps():
 
 def test_bytes_in_words():
     assert (gib(3 * 2**30), gib(2**20)) == ("3.00 GiB", "1.0 MiB")
+
+
+def test_what_no_device_holds_is_refused():
+    check_fits(2**30, 2**30)
+    check_fits(2**80, None)
+    with pytest.raises(UserError, match=r"1\.50 GiB of each device, which has 1\.00 GiB: .*mesh"):
+        check_fits(3 * 2**29, 2**30)
+
+
+def test_devices_of_the_cpu_share_its_memory():
+    available = available_bytes()
+    if available is None:
+        pytest.skip("only Linux tells")
+    assert 2**20 < available * jax.local_device_count() <= memory_limit_bytes()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from capjax.data import files
+from capjax.data.urls import file_system
 from capjax.errors import UserError
 
 
@@ -55,15 +56,12 @@ def listing(directory: str) -> set[str]:
             for folder, _, names in os.walk(root, followlinks=True)
             for name in names
         }
-    import fsspec
-
-    system, inner = fsspec.core.url_to_fs(directory)
+    system, inner = file_system(directory)
     return {name.removeprefix(inner).lstrip("/") for name in system.find(inner)}
 
 
 def _open(path: str) -> io.BufferedReader:
     if not files.is_remote(path):
         return Path(path).open("rb")
-    import fsspec
-
-    return io.BufferedReader(fsspec.open(path, "rb").open())  # pyrefly: ignore[missing-attribute]
+    system, inner = file_system(path)
+    return io.BufferedReader(system.open(inner, "rb"))
