@@ -84,13 +84,13 @@ def test_an_unknown_metric_is_said_once_with_those_there_are(open_checkpointer):
     )
 
 
-def test_the_best_step_is_that_of_the_run_s_config(tmp_path, open_checkpointer, monkeypatch):
+def test_the_best_step_is_that_of_the_run_s_config(tmp_path, open_checkpointer):
     directory = tmp_path / "checkpoints"
-    save(open_checkpointer(keep=Keep(8)), CIDER)
+    save(open_checkpointer(keep=Keep(9)), CIDER)
     with pytest.raises(UserError, match=r"--step=best: .*set no best_metric; name a step of \[10"):
         best_step(tmp_path)
-    section = {"every_steps": 10, "keep": 8, "best_metric": METRIC, "best_mode": "min"}
-    ours = open_checkpointer(keep=Keep(8))
+    section = {"every_steps": 10, "keep": 9, "best_metric": METRIC, "best_mode": "min"}
+    ours = open_checkpointer(keep=Keep(9))
     ours._run_metadata["config"] = {"checkpoint": section}
     save(ours, [90], {90: 0.5})
     assert best_step(tmp_path) == best_step(directory) == 10

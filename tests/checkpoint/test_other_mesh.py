@@ -26,7 +26,7 @@ def program(mesh: tuple[str, ...]) -> Program:
     small = ("width=32", "depth=1", "decoder_depth=1", "num_heads=2", "mlp_dim=64", "patch_size=8")
     overrides = [f"model.{field}" for field in small]
     overrides += ["batch_size=8", "preprocessing.image_size=16", "data.text_length=8"]
-    config = load_config("emoji_quickstart", [*overrides, "compute.dtype=float32", *mesh])
+    config = load_config("emoji_quickstart", [*overrides, "model.dtype=float32", *mesh])
     sizes = [int(text.partition("=")[2]) for text in mesh]
     devices = jax.devices()[: int(np.prod(sizes))]
     return build_program(config, build_mesh(config, devices), vocab_size=64)

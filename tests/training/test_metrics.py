@@ -103,7 +103,7 @@ def test_a_crash_while_trimming_leaves_the_old_file(tmp_path, monkeypatch):
     path.write_text('{"step": 1}\n{"step": 2}\n{"st')
 
     def crash(*_):
-        raise OSError("the disk went away")
+        raise OSError(errno.ENOSPC, "the disk went away")
 
     monkeypatch.setattr("os.fsync", crash)
     with pytest.raises(OSError, match="went away"):
