@@ -162,7 +162,7 @@ def _answer(argv: list[str]) -> tuple[int, str]:
         sys.stdout.flush()
         return status or 0, ""
     except UserError as error:
-        return _report(str(error), 2, verbose)
+        return _report(str(error), error.status, verbose)
     except RunAgain as stop:
         return _report(str(stop), stop.status, verbose, kind="")
     except KeyboardInterrupt:

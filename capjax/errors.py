@@ -7,8 +7,16 @@ from collections.abc import Iterable
 class UserError(Exception):
     """Bad input. The message is one line: what was expected, what came, and the way out.
 
-    `capjax` prints it without a traceback and exits with status 2.
+    `capjax` prints it without a traceback and exits with `status`.
     """
+
+    status = 2
+
+
+class StorageError(UserError, OSError):
+    """Storage failed longer than it was tried again; the same command may be run again later."""
+
+    status = 75
 
 
 class RunAgain(BaseException):

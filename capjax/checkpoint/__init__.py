@@ -14,13 +14,16 @@ when they are saved and compared with that of the arrays that were read.
 
 from capjax.checkpoint.checkpointer import Checkpointer, check_disk_space
 from capjax.checkpoint.directory import find_steps, list_steps, step_directory
+from capjax.checkpoint.keeping import Keep, best_step
 from capjax.checkpoint.metadata import RunInfo
 from capjax.checkpoint.reading import LoadedCheckpoint, load_params, load_types, verify
 
 __all__ = [
     "Checkpointer",
+    "Keep",
     "LoadedCheckpoint",
     "RunInfo",
+    "best_step",
     "check_disk_space",
     "find_steps",
     "list_steps",

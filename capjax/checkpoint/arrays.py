@@ -10,10 +10,11 @@ from etils import epath
 from jax.sharding import AbstractMesh, NamedSharding, Sharding, SingleDeviceSharding
 
 from capjax.checkpoint.digest import digest_lanes, to_hex
-from capjax.checkpoint.files import STATE, Damage, first_of, quiet_orbax, reason
+from capjax.checkpoint.files import STATE, Damage, first_of, quiet_orbax, unreadable
 from capjax.dims import Array
 from capjax.errors import UserError
 from capjax.training.patterns import nested
+from capjax.training.storage import patiently
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
@@ -133,17 +134,22 @@ def state_handler() -> ocp.PyTreeCheckpointHandler:
 def read_arrays(
     directory: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, Array]:
-    """The stored arrays named in `wanted`, in its order. Raises `Damage` with Orbax's complaint."""
+    """The stored arrays named in `wanted`, in its order. Raises `Damage` with Orbax's complaint.
+
+    Storage that fails for a while is waited for; `StorageError` where it is too long.
+    """
     quiet_orbax()
     item = nested(wanted)
     restore_args = ocp.checkpoint_utils.construct_restore_args(item)
     args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
+    place = directory / STATE
     try:
-        restored = named_leaves(state_handler().restore(directory / STATE, args=args))
+        tree = patiently(lambda: state_handler().restore(place, args=args), f"reading {place}")
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise  # this machine's trouble, not the checkpoint's
     except Exception as error:  # KeyError, JSONDecodeError, ValueError, ...: as the bytes fall
-        raise Damage(f"{STATE}/ cannot be read: {reason(error)}") from error
+        raise unreadable(place, f"{STATE}/", error) from error
+    restored = named_leaves(tree)
     for name in wanted:  # Orbax leaves an array that it does not know as it was asked for
         if not isinstance(restored.get(name), Array):
             raise Damage(f"{STATE}/ lacks {name}")

@@ -34,17 +34,18 @@ from capjax.checkpoint.directory import (
     discard_partial,
     list_steps,
     partial_directory,
-    prune,
     publish,
     set_aside,
     step_directory,
 )
 from capjax.checkpoint.files import STATE, TOKENIZER_FILE, Damage, Metadata
+from capjax.checkpoint.keeping import DEFAULT, Keep
 from capjax.checkpoint.metadata import RunInfo, run_metadata, step_metadata
-from capjax.checkpoint.reading import all_damaged, warn
+from capjax.checkpoint.reading import all_damaged, second_look
 from capjax.dims import Array
-from capjax.errors import UserError
+from capjax.errors import StorageError, UserError
 from capjax.training.patterns import nested
+from capjax.training.storage import patiently, reason, warn
 from capjax.training.workdir import require_free_space, write_atomic
 
 State = TypeVar("State")
@@ -62,8 +63,7 @@ class Checkpointer:
         directory: str | os.PathLike,
         run: RunInfo,
         *,
-        keep: int = 3,
-        keep_every_steps: int = 0,
+        keep: Keep = DEFAULT,
         max_failures: int = 3,
         report: Callable[[str], None] = warn,
     ):
@@ -72,24 +72,17 @@ class Checkpointer:
         Args:
           directory: usually `<workdir>/checkpoints`.
           run: stored with every checkpoint.
-          keep: so many of the newest are kept, and besides them
-          keep_every_steps: those whose step is a multiple of it (0: no others).
+          keep: which checkpoints outlive the next save.
           max_failures: so many failed saves in a row end the run.
-          report: gets one line for each failed save and each damaged checkpoint.
+          report: gets a line for each failed save, each damaged checkpoint, and each time that
+            storage failed and is tried again (from a thread, of a save).
 
         Raises `UserError` where the directory cannot be made or written.
         """
-        for name, value, least in (
-            ("keep", keep, 1),
-            ("keep_every_steps", keep_every_steps, 0),
-            ("max_failures", max_failures, 1),
-        ):
-            if value < least:
-                raise UserError(f"checkpoint.{name}={value}: expected at least {least}")
         files.quiet_orbax()
         self._directory = absolute(directory)
-        self._keep, self._keep_every_steps = keep, keep_every_steps
-        self._max_failures, self._report = max_failures, report
+        self._keep, self._max_failures, self._report = keep, max_failures, report
+        self._unknown_metric = ""  # what was said of the metric of the best
         self._is_primary = jax.process_index() == 0
         self._tokenizer_model, self._run_metadata = run.tokenizer_model, run_metadata(run)
         json.dumps(self._run_metadata)  # a TypeError here and now, not in the background
@@ -99,25 +92,38 @@ class Checkpointer:
         self._failures, self._failure = 0, ""  # in a row, and the report of the last one
         if self._is_primary:
             try:
-                self._directory.mkdir(parents=True, exist_ok=True)
-                clear_leftovers(self._directory)
+                self._patiently("opening", self._open)
+            except StorageError:
+                raise
             except OSError as error:
                 raise UserError(
-                    f"cannot write checkpoints to {self._directory} ({files.reason(error)}); "
+                    f"cannot write checkpoints to {self._directory} ({reason(error)}); "
                     "mend it, or name another workdir"
                 ) from error
+
+    def _open(self) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(self._directory)
+
+    def _patiently(self, doing: str, action: Callable[[], Result]) -> Result:
+        return patiently(action, f"{doing} {self._directory}", self._report)
 
     def save(self, step: int, state: Any, extra: Mapping[str, Any]) -> None:
         """Saves `state` as `step`, in place of what was there; returns before it is on disk.
 
         When this returns the state has been copied, and its buffers may be donated. `extra` holds
-        what JSON can say, among it `examples_seen`, the position in the data; `restore_latest`
-        returns it. A save that fails is reported and counted at the next call; the `max_failures`th
-        in a row raises `UserError`.
+        what JSON can say, among it `examples_seen`, the position in the data, and perhaps
+        `metrics`, what was measured of this state by name; `restore_latest` returns it. A save that
+        fails is reported and counted at the next call; the `max_failures`th in a row raises
+        `UserError`.
         """
         if "examples_seen" not in extra:
             raise ValueError("extra must hold examples_seen, the position in the data")
         json.dumps(dict(extra))  # a TypeError here and now, not in the background
+        unknown = self._keep.unknown(extra.get("metrics", {}))
+        if unknown != self._unknown_metric and unknown:
+            self._report(f"warning: {unknown}")
+        self._unknown_metric = unknown or self._unknown_metric
         if self._collect():
             self._report(self._failure)
         with jax.transfer_guard("allow"):
@@ -176,10 +182,10 @@ class Checkpointer:
         if self._collect():
             self._report(self._failure)
         damaged: dict[int, str] = {}
-        for step in reversed(list_steps(self._directory)):
+        for step in reversed(_together(functools.partial(list_steps, self._directory))):
             directory = step_directory(self._directory, step)
             try:
-                state, extra = _restore(directory, abstract_state)
+                state, extra = second_look(functools.partial(_restore, directory, abstract_state))
             except Damage as damage:
                 damaged[step] = str(damage)
                 continue
@@ -195,12 +201,17 @@ class Checkpointer:
         return None
 
     def _make_room(self, step: int, bytes_needed: int) -> Exception | None:
-        """Removes what a failed save of `step` left; why there is no room for another, if so."""
+        """Makes the directory for a save of `step`, free of what a failed one left.
+
+        Returns why it cannot be saved there, if so: Orbax would meet it in the background.
+        """
+        partial = partial_directory(self._directory, step)
         if self._is_primary:
             try:
-                discard_partial(self._directory, step)
+                self._patiently("clearing", lambda: discard_partial(self._directory, step))
                 require_free_space(self._directory, bytes_needed)
-            except (OSError, UserError) as error:
+                self._patiently("opening", lambda: partial.mkdir(parents=True, exist_ok=True))
+            except Exception as error:  # stores have errors of their own
                 return error
         return None
 
@@ -216,11 +227,14 @@ class Checkpointer:
                     metadata["arrays"][name]["digest"] = digest
                 metadata["files"] = files.file_entries(partial)
                 files.write_metadata(partial, metadata)
-                publish(self._directory, step)
-                prune(self._directory, self._keep, self._keep_every_steps)
-            self._outcome = (step, None)
+                self._patiently("naming a checkpoint in", lambda: publish(self._directory, step))
         except BaseException as error:  # for the main thread to report
             self._outcome = (step, error)
+            return
+        if self._is_primary:
+            with contextlib.suppress(Exception):  # the save is good; it is tried after the next
+                self._keep.prune(self._directory)
+        self._outcome = (step, None)
 
     def _collect(self) -> bool:
         """Waits for the save under way and notes how it ended; whether it is one that failed.
@@ -238,26 +252,29 @@ class Checkpointer:
             return False
         self._failures += 1
         if self._is_primary:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(Exception):  # `save` tries it again
                 discard_partial(self._directory, step)
-        good = list_steps(self._directory)
+        try:
+            good = list_steps(self._directory)
+            kept = f"step {good[-1]} is kept" if good else "there is no earlier one"
+        except Exception as unseen:
+            kept = f"what is kept there cannot be seen ({reason(unseen)})"
         self._failure = (
             f"the checkpoint of step {step} could not be saved to {self._directory} "
-            f"({files.reason(error) if error else 'another process failed'}), failure "
-            f"{self._failures} of {self._max_failures} in a row; "
-            + (f"step {good[-1]} is kept" if good else "there is no earlier one")
+            f"({reason(error) if error else 'another process failed'}), failure "
+            f"{self._failures} of {self._max_failures} in a row; {kept}"
         )
         if self._failures >= self._max_failures:
             self.wait()
         return True
 
 
-def check_disk_space(path: str | os.PathLike, abstract_state: Any, keep: int) -> None:
+def check_disk_space(path: str | os.PathLike, abstract_state: Any, kept: int) -> None:
     """Raises `UserError` where the disk of `path` has no room for the checkpoints to come.
 
-    While a save is under way there is one more than `keep`.
+    While a save is under way there is one more than are `kept`.
     """
-    coming = max(1, keep + 1 - len(list_steps(absolute(path))))
+    coming = max(1, kept + 1 - len(list_steps(absolute(path))))
     require_free_space(path, coming * stored_bytes(abstract_state))
 
 
@@ -276,14 +293,22 @@ def _restore(directory: epath.Path, abstract_state: State) -> tuple[State, dict[
 
 
 def _together(action: Callable[[], Result]) -> Result:
-    """The result of `action`; `Damage` where any process met it, so that all go the same way."""
-    result, damage = None, None
+    """The result of `action`; where any process met an error, all go the same way.
+
+    An error that does not say what the files are worth (`UserError`: they could not be reached)
+    goes before `Damage`: no checkpoint is set aside for it.
+    """
+    result, error = None, None
     try:
         result = action()
-    except Damage as error:
-        damage = error
-    if _on_any_process(damage is not None):
-        raise damage or Damage("another process could not read it")
+    except Exception as trouble:
+        error = trouble
+    if _on_any_process(error is not None and not isinstance(error, Damage)):
+        if error is None or isinstance(error, Damage):
+            error = UserError("another process could not read the checkpoint; it says why")
+        raise error
+    if _on_any_process(error is not None):
+        raise error or Damage("another process could not read it")
     return result  # pyrefly: ignore[bad-return]
 
 

@@ -19,7 +19,7 @@ from etils import epath
 
 from capjax.checkpoint.files import METADATA_FILE
 from capjax.errors import UserError
-from capjax.training.workdir import is_remote
+from capjax.training.storage import exists, is_remote, listing
 
 
 def absolute(path: str | os.PathLike) -> epath.Path:
@@ -41,26 +41,27 @@ def partial_directory(directory: epath.Path, step: int) -> epath.Path:
 
 
 def list_steps(directory: epath.Path) -> list[int]:
-    """The steps that have a checkpoint, damaged or not, in rising order."""
-    if not directory.exists():
-        return []
-    found = [p for p in directory.iterdir() if re.fullmatch(r"\d{8,}", p.name)]
-    return sorted(int(p.name) for p in found if not is_remote(p) or (p / METADATA_FILE).exists())
+    """The steps that have a checkpoint, damaged or not, in rising order.
+
+    Raises `StorageError` where that cannot be seen: it is not the same as none.
+    """
+    found = [p for p in listing(directory) if re.fullmatch(r"\d{8,}", p.name)]
+    return sorted(int(p.name) for p in found if not is_remote(p) or exists(p / METADATA_FILE))
 
 
 def find_steps(path: str | os.PathLike) -> tuple[epath.Path, list[int]]:
     """(directory, steps) meant by a workdir, its `checkpoints`, or one checkpoint in it.
 
-    Raises `UserError` where there is no checkpoint.
+    Raises `UserError` where there is no checkpoint, `StorageError` as `list_steps`.
     """
     given = absolute(path)
-    if re.fullmatch(r"\d{8,}", given.name) and given.exists():
+    if re.fullmatch(r"\d{8,}", given.name) and exists(given):
         return given.parent, [int(given.name)]
     for directory in (given / "checkpoints", given):
         steps = list_steps(directory)
         if steps:
             return directory, steps
-    was = "" if given.exists() else " (there is no such directory)"
+    was = "" if exists(given) else " (there is no such directory)"
     raise UserError(
         f"no checkpoint in {given}{was}; expected a workdir, its checkpoints/, or one of these, "
         "such as checkpoints/00000700"
@@ -68,34 +69,34 @@ def find_steps(path: str | os.PathLike) -> tuple[epath.Path, list[int]]:
 
 
 def publish(directory: epath.Path, step: int) -> None:
-    """Gives a complete save its name; an older checkpoint of the same step makes way."""
+    """Gives a complete save its name; an older checkpoint of the same step makes way.
+
+    It may be done again where the answer to the first time was lost.
+    """
     partial, final = partial_directory(directory, step), step_directory(directory, step)
-    if partial != final:
+    if partial != final and exists(partial):
         removed = _hide(final)
         partial.rename(final)
         _delete(removed)
 
 
-def prune(directory: epath.Path, keep: int, keep_every_steps: int) -> None:
-    """Deletes all but the newest `keep` and the multiples of `keep_every_steps` (0: none)."""
-    for step in list_steps(directory)[:-keep]:
-        if not (keep_every_steps and step % keep_every_steps == 0):
-            with contextlib.suppress(OSError):  # it is tried again after the next save
-                _delete(_hide(step_directory(directory, step)))
+def delete(directory: epath.Path, step: int) -> None:
+    """Deletes a checkpoint, which stops counting first."""
+    _delete(_hide(step_directory(directory, step)))
 
 
 def discard_after(directory: epath.Path, step: int) -> None:
     """Deletes the checkpoints of later steps, the newest first."""
     for later in reversed(list_steps(directory)):
         if later > step:
-            _delete(_hide(step_directory(directory, later)))
+            delete(directory, later)
 
 
 def set_aside(directory: epath.Path, step: int) -> epath.Path:
     """Renames a damaged checkpoint, so that its step can be saved anew; returns where it is."""
     final = step_directory(directory, step)
     names = (f"{final.name}.damaged{n}" for n in itertools.chain([""], itertools.count(2)))
-    aside = next(path for path in map(directory.__truediv__, names) if not path.exists())
+    aside = next(path for path in map(directory.__truediv__, names) if not exists(path))
     if not is_remote(directory):
         with contextlib.suppress(OSError):  # where nothing can be written, the good is still read
             return final.rename(aside)
@@ -104,11 +105,11 @@ def set_aside(directory: epath.Path, step: int) -> epath.Path:
 
 def clear_leftovers(directory: epath.Path) -> None:
     """Deletes half-written and half-deleted checkpoints; names one that only lacks its name."""
-    for path in list(directory.iterdir()):
-        if path.name.endswith(".partial") and (path / METADATA_FILE).exists():
+    for path in listing(directory):
+        if path.name.endswith(".partial") and exists(path / METADATA_FILE):
             publish(directory, int(path.name.removesuffix(".partial")))
         elif path.name.endswith((".partial", ".removed")):
-            path.rmtree()
+            _delete(path)
 
 
 def discard_partial(directory: epath.Path, step: int) -> None:
@@ -123,9 +124,11 @@ def _hide(final: epath.Path) -> epath.Path:
         return final
     removed = final.parent / f"{final.name}.removed"
     _delete(removed)
-    return final.rename(removed) if final.exists() else removed
+    return final.rename(removed) if exists(final) else removed
 
 
 def _delete(path: epath.Path) -> None:
-    if path.exists():
-        path.rmtree()
+    if is_remote(path):  # what is left of a deletion that fails must not count
+        (path / METADATA_FILE).unlink(missing_ok=True)
+    if exists(path):
+        path.rmtree(missing_ok=True)

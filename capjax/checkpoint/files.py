@@ -1,17 +1,29 @@
 """The files of a checkpoint, and whether they are as they were written."""
 
+import errno
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from etils import epath
 
 from capjax.errors import UserError
+from capjax.training.storage import (
+    file_size,
+    is_denied,
+    is_directory,
+    is_transient,
+    listing,
+    read_bytes,
+    reason,
+)
 from capjax.training.workdir import write_atomic
 
 FORMAT_VERSION = 1
+# How the metadata of a format becomes that of the next: format 2 comes with the entry 1.
+UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 METADATA_FILE = "capjax.json"
 TOKENIZER_FILE = "tokenizer.model"
 STATE = "state"
@@ -26,8 +38,8 @@ class Damage(Exception):  # noqa: N818  (what the files have, not a slip of the 
 
 def walk(directory: epath.Path) -> Iterator[epath.Path]:
     """Every file below `directory`, in the order of their names."""
-    for path in sorted(directory.iterdir()):
-        if path.is_dir():
+    for path in listing(directory):
+        if is_directory(path):
             yield from walk(path)
         else:
             yield path
@@ -37,10 +49,14 @@ def file_entries(directory: epath.Path) -> dict[str, dict[str, Any]]:
     """Relative path -> its size, and its sha256 unless it holds bulk array data."""
     entries: dict[str, dict[str, Any]] = {}
     for path in walk(directory):
-        name, size = str(path.relative_to(directory)), path.stat().length
+        name, size = str(path.relative_to(directory)), file_size(path)
+        if size is None:
+            raise FileNotFoundError(errno.ENOENT, f"{path} has vanished")
         entries[name] = {"bytes": size}
         if size <= HASHED_BYTES or not name.startswith(f"{STATE}/"):
-            entries[name]["sha256"] = sha256(path.read_bytes())
+            entries[name]["sha256"] = sha256(read_bytes(path))
+    if not any(name.startswith(f"{STATE}/") for name in entries):
+        raise FileNotFoundError(errno.ENOENT, "the files of the save have vanished")
     return entries
 
 
@@ -57,7 +73,8 @@ def write_metadata(directory: epath.Path, metadata: Metadata) -> None:
 def read_metadata(directory: epath.Path) -> Metadata:
     """The metadata of one step's directory, which is exactly what was written.
 
-    Raises `Damage`, or `UserError` for a format that this version does not read.
+    That of an older format is brought up to this one's. Raises `Damage`, or `UserError` for a
+    format that this version does not read.
     """
     content = _read(directory, METADATA_FILE)
     try:
@@ -67,10 +84,12 @@ def read_metadata(directory: epath.Path) -> Metadata:
         raise Damage(f"{METADATA_FILE} is not what was written") from None
     if _render(metadata) != content:
         raise Damage(f"{METADATA_FILE} does not match its hash {recorded:.12}")
+    while metadata.get("format_version") in UPGRADES:
+        metadata = UPGRADES[metadata["format_version"]](metadata)
     version = metadata.get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(
-            f"{directory} has checkpoint format {version}, but this capjax reads format "
+            f"{directory} has checkpoint format {version}, but this capjax reads formats up to "
             f"{FORMAT_VERSION}; use the version that wrote it: "
             f"{metadata.get('versions', {}).get('capjax', 'unknown')}"
         )
@@ -85,21 +104,30 @@ def _render(metadata: Metadata) -> bytes:
 
 def _read(directory: epath.Path, name: str) -> bytes:
     try:
-        return (directory / name).read_bytes()
+        return read_bytes(directory / name)
     except FileNotFoundError:
         raise Damage(f"{name} is missing") from None
-    except PermissionError:
-        raise UserError(f"cannot read {directory / name}: permission denied") from None
-    except OSError as error:
-        raise Damage(f"{name} cannot be read: {reason(error)}") from error
+    except Exception as error:
+        raise unreadable(directory / name, name, error) from error
+
+
+def unreadable(path: epath.Path, name: str, error: Exception) -> Exception:
+    """What to raise for an error of reading: `Damage` only where the storage is not to blame."""
+    if is_denied(error):
+        return UserError(f"cannot read {path}: permission denied")
+    if isinstance(error, UserError) or is_transient(error):
+        return error
+    return Damage(f"{name} cannot be read: {reason(error)}")
 
 
 def file_problems(directory: epath.Path, metadata: Metadata) -> list[str]:
     """Files that are missing, of another size, or (those with a hash) of other content."""
     problems = []
     for name, entry in metadata["files"].items():
-        path = directory / name
-        size = path.stat().length if path.exists() else None
+        try:
+            size = file_size(directory / name)
+        except Exception as error:
+            raise unreadable(directory / name, name, error) from error
         if size is None:
             problems.append(f"{name} is missing")
         elif size != entry["bytes"]:
@@ -121,19 +149,6 @@ def checked_metadata(directory: epath.Path) -> Metadata:
 def first_of(problems: list[str]) -> str:
     """The first of some problems, and how many there are."""
     return problems[0] + (f", and {len(problems) - 1} more" if len(problems) > 1 else "")
-
-
-def reason(error: BaseException) -> str:
-    """An exception in a few words: storage libraries put pages into theirs."""
-    text = str(error)
-    if isinstance(error, UserError):
-        return text
-    if "No space left" in text:
-        return "no space left on the disk"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    first = text.strip().splitlines()[0] if text.strip() else ""
-    return f"{type(error).__name__}: {first[:160]}" if first else type(error).__name__
 
 
 def quiet_orbax() -> None:

@@ -28,13 +28,15 @@ class RunInfo:
     """What is the same in every checkpoint of a run; the mappings hold what JSON can say.
 
     `pixels_by`: the packages that made the training images' pixels (`ImagePreprocessing.made_by`);
-    empty where they are not known, as of weights that were converted.
+    empty where they are not known, as of weights that were converted. `data`: what identifies the
+    training examples (`num_examples`, and `sha256` of a few of them); empty without any.
     """
 
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     preprocessing: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tokenizer_model: bytes = b""
     pixels_by: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def run_metadata(run: RunInfo) -> Metadata:
@@ -44,6 +46,7 @@ def run_metadata(run: RunInfo) -> Metadata:
         "config": dict(run.config),
         "preprocessing": dict(run.preprocessing),
         "pixels_by": dict(run.pixels_by),
+        "data": dict(run.data),
         "tokenizer_sha256": sha256(model) if model else None,
         "versions": library_versions(),
         "git_commit": _git_commit(),

@@ -1,7 +1,7 @@
 """A finished checkpoint, read for its model, or to see whether it is good."""
 
+import functools
 import os
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -27,6 +27,7 @@ from capjax.dims import Params
 from capjax.errors import UserError
 from capjax.training.lora import LORA, merge
 from capjax.training.patterns import nested
+from capjax.training.storage import read_bytes, warn
 
 Found = TypeVar("Found")
 
@@ -72,7 +73,7 @@ def _newest(
     damaged: dict[int, str] = {}
     for step in reversed(steps):
         try:
-            found = read(step_directory(directory, step))
+            found = second_look(functools.partial(read, step_directory(directory, step)))
         except Damage as damage:
             damaged[step] = str(damage)
             continue
@@ -115,7 +116,7 @@ def _loaded(directory: epath.Path, metadata: Metadata, params: Params) -> Loaded
     return LoadedCheckpoint(
         params=params,
         metadata=metadata,
-        tokenizer_model=(directory / TOKENIZER_FILE).read_bytes() if has_tokenizer else b"",
+        tokenizer_model=read_bytes(directory / TOKENIZER_FILE) if has_tokenizer else b"",
         step=metadata["step"],
     )
 
@@ -141,9 +142,16 @@ def verify(directory: epath.Path, step: int) -> list[str]:
     return [*problems, first_of(unreadable)] if unreadable else problems
 
 
-def warn(line: str) -> None:
-    """Prints one line to stderr."""
-    print(f"capjax: warning: {line}", file=sys.stderr, flush=True)
+def second_look(read: Callable[[], Found]) -> Found:
+    """What `read` returns; where it raises `Damage` it is asked once more.
+
+    Below us, in Orbax, storage that does not answer looks like files that are not there. Asked
+    again, `read` begins with our own look at the files, which waits until the storage answers.
+    """
+    try:
+        return read()
+    except Damage:
+        return read()
 
 
 def all_damaged(directory: epath.Path, problems: Mapping[int, str]) -> str:

@@ -10,7 +10,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from capjax.checkpoint import check_disk_space, find_steps
+from capjax.checkpoint import Keep, check_disk_space, find_steps
 from capjax.commands.measures import MEASURES, Measures, open_measures
 from capjax.commands.program import build_mesh, build_program, check_counts
 from capjax.commands.settings import from_dataclass_kwargs
@@ -38,6 +38,7 @@ from capjax.planning.fit import available_bytes, check_fits
 from capjax.training.health import Health
 from capjax.training.lora import LoRA
 from capjax.training.state import TrainState
+from capjax.training.storage import exists, read_bytes
 from capjax.training.warm_start import WarmStart
 
 SYNTHETIC = "synthetic"
@@ -96,6 +97,7 @@ class Plan(NamedTuple):
     abstract_inputs: Callable[[], tuple]  # what `train_step` takes, as types on the mesh
     train_step: Callable
     health: Health = Health()
+    keep: Keep = Keep()
     lora: LoRA = LoRA()  # how parameters are merged before they are used
     stage: "Stage | None" = None  # None: the supervised one
 
@@ -119,7 +121,8 @@ def build_run(config: ConfigDict, workdir: str) -> Plan:
     )
     check_fits(argument_memory(*program.abstract_inputs()).peak, available_bytes())
     checkpoints = epath.Path(workdir) / "checkpoints"
-    check_disk_space(checkpoints, program.abstract_state, config.checkpoint.keep)
+    keep = build_keep(config, splits, measures, program.total_steps)
+    check_disk_space(checkpoints, program.abstract_state, keep.at_most(program.total_steps))
     return Plan(
         config=config,
         mesh=mesh,
@@ -130,6 +133,7 @@ def build_run(config: ConfigDict, workdir: str) -> Plan:
         measures=measures,
         tokenizer=tokenizer,
         warm_start=build_warm_start(config),
+        keep=keep,
         lora=program.lora,
         objectives=program.objectives,
         towers=program.towers,
@@ -257,6 +261,33 @@ def build_measures(config: ConfigDict, **given: Any) -> Measures:
     return open_measures(**asked)
 
 
+def build_keep(config: ConfigDict, splits, measures: Measures, total_steps: int) -> Keep:
+    """Which checkpoints are kept. Raises `UserError` where the best could never be found.
+
+    `splits`: what is evaluated, by name. Which metrics an evaluation has is known with its first.
+    """
+    section = dict(config.checkpoint)
+    every = section.pop("every_steps")
+    keep = from_dataclass_kwargs(Keep, section, "checkpoint")
+    if not keep.best_metric:
+        return keep
+    names = [*splits, *(f"test_{name}" for name, _ in measures.tests)]
+    kind, _, rest = keep.best_metric.partition("/")
+    split, _, metric = rest.partition("/")
+    field = f"checkpoint.best_metric={keep.best_metric}"
+    if kind != "eval" or split not in names or not metric:
+        known = ", ".join(f"eval/{name}/..." for name in names) or "nothing: set evaluate.splits"
+        raise UserError(f"{field}: expected a metric of what is evaluated, {known}")
+    evaluated = config.evaluate.every_steps
+    if not every or evaluated % every or not 0 < evaluated < total_steps:
+        raise UserError(
+            f"{field}: evaluate.every_steps={evaluated} must be a multiple of "
+            f"checkpoint.every_steps={every} and less than all {total_steps} steps, so that what "
+            "is measured is saved"
+        )
+    return keep
+
+
 def build_tokenizer(config: ConfigDict, source: Source | None, kept: epath.Path) -> Tokenizer:
     """The one kept in the workdir, else the file that the config names, else that of `warm_start`.
 
@@ -264,8 +295,8 @@ def build_tokenizer(config: ConfigDict, source: Source | None, kept: epath.Path)
     captions that training can draw; which is deterministic: every process gets the same.
     """
     settings = config.data.tokenizer
-    if kept.exists():
-        return Tokenizer.from_bytes(kept.read_bytes())
+    if exists(kept):
+        return Tokenizer.from_bytes(read_bytes(kept))
     if settings.path:
         return Tokenizer.from_file(settings.path)
     if (theirs := warm_tokenizer(build_warm_start(config))) is not None:

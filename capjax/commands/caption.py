@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from capjax.commands import caption_checks as checks
-from capjax.commands import decoding_flags
+from capjax.commands import checkpoint_flags, decoding_flags
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="a run's workdir (its newest checkpoint), or one checkpoint directory",
     )
-    parser.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the newest)")
+    checkpoint_flags.add_step(parser)
     parser.add_argument(
         "--input",
         required=True,

@@ -13,7 +13,6 @@ import jax
 
 from capjax.checkpoint import find_steps, step_directory
 from capjax.checkpoint.files import read_metadata, sha256
-from capjax.checkpoint.reading import warn
 from capjax.data.prepare_output import probe
 from capjax.data.sources import Source
 from capjax.decoding.corpus import Filters, row_reader
@@ -26,6 +25,7 @@ from capjax.decoding.options import DecodingOptions
 from capjax.errors import UserError
 from capjax.mesh import MeshShape, make_mesh
 from capjax.training.progress import Progress
+from capjax.training.storage import warn
 
 _OF_THE_JOB = ("prefix", "seed", "dedupe", "batch_size", "shard_size", "format")
 

@@ -207,7 +207,18 @@ def default_config() -> ConfigDict:
     # Parameters to start from: a workdir or a checkpoint, and patterns of what is taken from it.
     config.warm_start = ConfigDict({"path": "", "include": (), "exclude": ()})
 
-    config.checkpoint = ConfigDict({"every_steps": 1000, "keep": 3})
+    # The newest `keep` are kept, multiples of `keep_every_steps` (0: none), and the `keep_best` of
+    # those whose evaluation was best by `best_metric` ("eval/<split>/<metric>"; "": none).
+    config.checkpoint = ConfigDict(
+        {
+            "every_steps": 1000,
+            "keep": 3,
+            "keep_every_steps": 0,
+            "best_metric": "",
+            "best_mode": "max",
+            "keep_best": 1,
+        }
+    )
     config.log_every_steps = 10
     # What is done about numbers that go wrong (see `capjax.training.health`, docs/reliability.md).
     config.health = ConfigDict(

@@ -2,6 +2,7 @@
 
 import argparse
 
+from capjax.commands import checkpoint_flags
 from capjax.errors import UserError
 
 TOKENIZERS = ("auto", "ptb", "treebank", "none")  # as in evaluation/tokenization.py
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("A", "B"),
         help="two workdirs, or two files of captions: figures, intervals and paired tests",
     )
-    parser.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the newest)")
+    checkpoint_flags.add_step(parser)
     parser.add_argument(
         "--split",
         action="append",

@@ -21,7 +21,6 @@ def run(args: argparse.Namespace) -> None:
     from etils import epath
     from ml_collections import ConfigDict
 
-    from capjax.checkpoint.reading import warn
     from capjax.commands import build
     from capjax.commands.attention import write_attention
     from capjax.commands.evaluators import Evaluation
@@ -32,6 +31,7 @@ def run(args: argparse.Namespace) -> None:
     from capjax.decoding.load import load
     from capjax.mesh import check_batch_size
     from capjax.training.stopping import end_cleanly
+    from capjax.training.storage import warn
 
     root = epath.Path(args.workdir).expanduser()
     loaded = load(root, args.step)
@@ -99,22 +99,22 @@ def _keeper(root, step: int, stack: contextlib.ExitStack, unwritten: list[str]):
         return lambda name, metrics: metrics
     path = root / "metrics.jsonl"
     try:
-        writer = JsonlWriter(path, restored_step=2**62)  # trims torn lines only
+        writer = JsonlWriter(
+            path,
+            restored_step=2**62,  # trims torn lines only
+            report=lambda line: unwritten.append("metrics.jsonl"),
+        )
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; make it writable") from error
 
     def closed() -> None:
-        with contextlib.suppress(OSError):  # of the line that `keep` has told of
+        with contextlib.suppress(OSError):  # `unwritten` tells of it
             writer.close()
 
     stack.callback(closed)
 
     def keep(name: str, metrics: dict[str, float]) -> dict[str, float]:
-        try:
-            values = {f"eval/{name}/{metric}": value for metric, value in metrics.items()}
-            writer.write(step, values)
-        except OSError:
-            unwritten.append("metrics.jsonl")
+        writer.write(step, {f"eval/{name}/{metric}": value for metric, value in metrics.items()})
         return metrics
 
     return keep

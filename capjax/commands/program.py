@@ -174,7 +174,6 @@ def check_counts(config: ConfigDict, mesh: Mesh) -> None:
         "log_every_steps": 1,
         "data.text_length": 2,
         "data.bad_budget": 0,
-        "checkpoint.keep": 1,
         "checkpoint.every_steps": 0,
         "evaluate.every_steps": 0,
         "evaluate.max_examples": 1,

@@ -76,7 +76,8 @@ def build_reinforcement(config: ConfigDict, workdir: str) -> Plan:
     score = _host_scores(parts)
     with jax.set_mesh(parts.mesh):
         start, abstract_state = _state(parts, adapted, tx, score is not None)
-    check_disk_space(root / "checkpoints", abstract_state, config.checkpoint.keep)
+    keep = build.build_keep(config, parts.splits, parts.measures, total_steps)
+    check_disk_space(root / "checkpoints", abstract_state, keep.at_most(total_steps))
     program = _Program(parts, step, abstract_state, score, root)
     return Plan(
         config=config,
@@ -97,6 +98,7 @@ def build_reinforcement(config: ConfigDict, workdir: str) -> Plan:
         abstract_inputs=lambda: (abstract_state, ()),
         train_step=step.whole,
         health=health,
+        keep=keep,
         stage=program.stage(),
     )
 

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from capjax.checkpoint.reading import warn
 from capjax.commands.reinforce_data import called
 from capjax.data.captions import CaptionChoice, clean_text, reference_texts
 from capjax.data.mixture import Mixture
@@ -17,6 +16,7 @@ from capjax.data.sources import Source
 from capjax.decoding.loaded_model import LoadedModel
 from capjax.errors import UserError
 from capjax.rl.step import Sampling
+from capjax.training.storage import warn
 
 NUM_TRIED = 32  # examples whose captions are cut into tokens
 

@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 
+from capjax.commands import checkpoint_flags
 from capjax.errors import UserError
 
 
@@ -32,7 +33,7 @@ in front. SIGTERM finishes what is in progress."""
         metavar="DIR",
         help="a run's workdir (its newest checkpoint), or one checkpoint directory",
     )
-    parser.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the newest)")
+    checkpoint_flags.add_step(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="0: a free one (default 8000)")
     batches = parser.add_argument_group("batches")

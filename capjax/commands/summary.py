@@ -14,6 +14,8 @@ from capjax.checkpoint.metadata import library_versions
 from capjax.commands.build import Plan
 from capjax.commands.settings import resolved_dict
 from capjax.commands.warm_tokens import BY_TOKEN
+from capjax.data.prepare_output import probe
+from capjax.data.sources import Source
 from capjax.errors import UserError
 from capjax.training.goodput import LOST, TimeSpent
 from capjax.training.loop import TrainSummary
@@ -31,6 +33,26 @@ def run_info(plan: Plan) -> RunInfo:
         preprocessing=dataclasses.asdict(plan.data.preprocessing),
         tokenizer_model=plan.tokenizer.model_bytes,
         pixels_by=plan.data.preprocessing.made_by() if plan.source else {},
+        data=data_identity(plan.source) if plan.source else {},
+    )
+
+
+def data_identity(source: Source) -> dict[str, Any]:
+    """What tells the training data from other data, by a few of its examples."""
+    return {"num_examples": len(source), "sha256": probe(source)}
+
+
+def other_data(plan: Plan, checkpoint: epath.Path) -> str:
+    """How the training data is not that of the run so far; "" if it seems the same."""
+    recorded = read_metadata(checkpoint).get("data", {})
+    if not recorded or plan.source is None:
+        return ""
+    here = data_identity(plan.source)
+    if here == recorded:
+        return ""
+    return (
+        f"the training data: {here['num_examples']:,} examples with the hash {here['sha256']:.12}, "
+        f"before {recorded['num_examples']:,} with {recorded['sha256']:.12}"
     )
 
 
@@ -128,14 +150,23 @@ def run_summary(
     return facts | summary._asdict()
 
 
+def best(plan: Plan, root: epath.Path) -> dict[str, Any] | None:
+    """The step that measured best of those kept; None where there is no such."""
+    metric = plan.keep.best_metric
+    ranked = plan.keep.ranked(root / "checkpoints")
+    return {"step": ranked[0][0], "metric": metric, "value": ranked[0][1]} if ranked else None
+
+
 def closing_words(workdir: epath.Path, facts: dict[str, Any]) -> str:
     """The line after the last step."""
-    rate, spent = facts["images_per_s"], facts["time_spent"]
+    rate, spent, best = facts["images_per_s"], facts["time_spent"], facts.get("best")
     return (
         f"done: {facts['steps']:,} steps in {facts['wall_s'] / 60:.1f} min"
         + (f", {rate:,.0f} images/s" if rate else "")
         + f", {facts['data_wait_fraction']:.1%} waiting for data, goodput "
-        f"{spent['goodput']:.1%}{_launches(spent)}; everything is in {workdir}"
+        f"{spent['goodput']:.1%}{_launches(spent)}"
+        + (f"; best at step {best['step']:,}, {best['metric']} {best['value']:.4g}" if best else "")
+        + f"; everything is in {workdir}"
     )
 
 

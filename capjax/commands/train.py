@@ -72,12 +72,13 @@ def check_schedule(config, workdir: str) -> None:
     from capjax.checkpoint import list_steps
     from capjax.data.mixture import check_appended
     from capjax.training.spikes import read_rollbacks
+    from capjax.training.storage import exists, read_bytes
 
     root = epath.Path(workdir).expanduser()
-    if not config.data.mixture or not (root / "config.json").exists():
+    if not config.data.mixture or not exists(root / "config.json"):
         return
     try:
-        before = json.loads((root / "config.json").read_text())
+        before = json.loads(read_bytes(root / "config.json"))
         schedule, batch_size = before["data"]["schedule"], before["batch_size"]
     except (ValueError, KeyError, TypeError):  # damaged, or of another version: for `open_workdir`
         return
@@ -141,13 +142,14 @@ def _train_run(plan, workdir, peers) -> bool:
     from capjax.training.health import Monitor
     from capjax.training.loop import train
     from capjax.training.machine import MachineAlarms
-    from capjax.training.metrics import make_writers
+    from capjax.training.metrics import LastEvaluation, make_writers
     from capjax.training.phases import Phases
     from capjax.training.profile import Tracer
     from capjax.training.progress import Progress
     from capjax.training.spikes import Spiked
+    from capjax.training.storage import is_remote
     from capjax.training.watchdog import Watchdog
-    from capjax.training.workdir import is_remote, write_atomic
+    from capjax.training.workdir import write_atomic
 
     config, root = plan.config, workdir.path
     with contextlib.ExitStack() as stack:
@@ -175,7 +177,7 @@ def _train_run(plan, workdir, peers) -> bool:
             Checkpointer(
                 root / "checkpoints",
                 run=summary.run_info(plan),
-                keep=config.checkpoint.keep,
+                keep=plan.keep,
                 report=progress.say,
             )
         )
@@ -186,8 +188,9 @@ def _train_run(plan, workdir, peers) -> bool:
             start_step, state, extra = restored
             progress.say(f"resuming after step {start_step} in {root}")
             kept = step_directory(root / "checkpoints", start_step)
-            if other := summary.other_pixels(plan, kept):
-                progress.say(f"changed since this run began: {other}")
+            for other in (summary.other_pixels(plan, kept), summary.other_data(plan, kept)):
+                if other:
+                    progress.say(f"changed since this run began: {other}")
         rollbacks = rollback.kept_rollbacks(root, start_step)
         offset = rollback.data_offset(rollbacks, start_step, extra, config.batch_size)
 
@@ -214,12 +217,17 @@ def _train_run(plan, workdir, peers) -> bool:
             plan.health.memory_share, plan.health.data_wait_share, said_by_each(progress.say)
         )
         monitor = Monitor(plan.health, extra.get("health"))
+        measured = LastEvaluation()
         launches = LaunchLog(root if jax.process_index() == 0 else None, phases, start_step)
         stack.callback(launches.keep)
 
         def save(step, state) -> None:
             settled = plan.stage.settled(state) if plan.stage else state
-            kept = {"examples_seen": position(step), "health": monitor.state()}
+            kept = {
+                "examples_seen": position(step),
+                "health": monitor.state(),
+                "metrics": measured.at(step),
+            }
             checkpointer.save(step, settled, kept)
             launches.keep()
 
@@ -246,7 +254,7 @@ def _train_run(plan, workdir, peers) -> bool:
                 save=save,
                 save_every_steps=config.checkpoint.every_steps,
                 wait_for_saves=checkpointer.wait,
-                writers=[*writers, machine, *(plan.stage.writers if plan.stage else ())],
+                writers=[*writers, measured, machine, *(plan.stage.writers if plan.stage else ())],
                 log_every_steps=config.log_every_steps,
                 progress=progress,
                 tracer=Tracer(root / "profile", **config.profile),
@@ -271,6 +279,7 @@ def _train_run(plan, workdir, peers) -> bool:
             checkpointer.wait()
         if jax.process_index() == 0:
             facts = summary.run_summary(plan, totals, bad_counts, launches.spent())
+            facts["best"] = summary.best(plan, root)
             write_atomic(root / "summary.json", json.dumps(facts, indent=2) + "\n")
             progress.say(summary.closing_words(root, facts))
     return False

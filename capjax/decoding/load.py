@@ -4,23 +4,28 @@ import os
 
 from jax.sharding import Mesh
 
-from capjax.checkpoint import find_steps, load_params, step_directory
-from capjax.checkpoint.reading import warn
+from capjax.checkpoint import best_step, find_steps, load_params, step_directory
 from capjax.data.images import ImagePreprocessing
 from capjax.data.tokenizer import Tokenizer
 from capjax.decoding.loaded_model import LoadedModel
 from capjax.errors import UserError
 from capjax.models.towers import towers_from_dict
+from capjax.training.storage import warn
 
 __all__ = ["LoadedModel", "load"]
 
 
-def load(path: str | os.PathLike, step: int | None = None, mesh: Mesh | None = None) -> LoadedModel:
-    """The model of a run's newest checkpoint, or of `step`.
+def load(
+    path: str | os.PathLike, step: int | str | None = None, mesh: Mesh | None = None
+) -> LoadedModel:
+    """The model of a run's newest checkpoint, or of `step`: a number, or "best".
 
-    `path` is a workdir, its `checkpoints` directory, or one checkpoint in it. Without a mesh all
-    runs on the first device. Raises `UserError` where there is no such checkpoint, or none whole.
+    The best is that by the run's `checkpoint.best_metric`. `path` is a workdir, its `checkpoints`
+    directory, or one checkpoint in it. Without a mesh all runs on the first device. Raises
+    `UserError` where there is no such checkpoint, or none whole.
     """
+    if step == "best":
+        step = best_step(path)
     if step is not None:
         directory, steps = find_steps(path)
         if step not in steps:

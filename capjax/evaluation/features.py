@@ -16,7 +16,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from capjax.checkpoint.digest import params_digest
-from capjax.checkpoint.reading import warn
 from capjax.data.images import ImagePreprocessing
 from capjax.data.records import CorruptRecord
 from capjax.data.sources import Source
@@ -24,6 +23,7 @@ from capjax.dims import Array, Params
 from capjax.errors import UserError
 from capjax.evaluation.every_row import ImageRows, map_images
 from capjax.models.towers import Towers
+from capjax.training.storage import warn
 from capjax.training.workdir import write_atomic
 
 # The mean over the encoder's patches; what the model pools from them; that, in the space of texts.

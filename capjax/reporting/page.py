@@ -139,9 +139,11 @@ def _facts_of(run: Run) -> dict[str, str | None]:
         value = run.summary.get(name)
         return None if value is None else f"{value:.1%}"
 
+    best = run.summary.get("best")
     steps = f"{run.metrics[-1]['step']:,}" if run.metrics else None
     return {
         "steps": of("steps") or steps,
+        "best step": f"{best['step']:,} ({best['metric']} {best['value']:.4g})" if best else None,
         "examples seen": of("examples_seen"),
         "parameters": of("num_params"),
         "devices": of("devices"),

@@ -16,7 +16,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from capjax.data.batches import BadRecord, check_budget
-from capjax.training.workdir import is_remote, write_atomic
+from capjax.training.storage import exists, is_remote, read_bytes
+from capjax.training.workdir import write_atomic
 
 _NAME = "bad_records"
 _COUNTS_BYTES = 4096  # of the few reasons that there are, as JSON
@@ -59,7 +60,7 @@ class BadRecords:
         self._ahead += records
         lines = "".join(json.dumps(record._asdict()) + "\n" for record in records)
         if is_remote(self._path):  # it cannot append; there are few such records, or the run stops
-            kept = self._path.read_text() if self._path.exists() else ""
+            kept = read_bytes(self._path).decode() if exists(self._path) else ""
             write_atomic(self._path, kept + lines)
             return
         with self._path.open("a") as file:

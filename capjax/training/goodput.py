@@ -18,7 +18,7 @@ from etils import epath
 
 from capjax.training.phases import PHASES, Phases
 from capjax.training.progress import process_age_s
-from capjax.training.workdir import is_remote, write_atomic
+from capjax.training.storage import exists, is_remote, read_bytes
 
 FILE = "launches.jsonl"
 LOST = "lost"
@@ -89,7 +89,7 @@ def read_accounts(path: epath.PathLike) -> list[Account]:
     """The lines of the file, without torn ones; none where there is no such file."""
     path = epath.Path(path)
     found = []
-    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+    for line in read_bytes(path).split(b"\n") if exists(path) else ():
         with contextlib.suppress(ValueError, TypeError):  # torn: not JSON, or not all of it
             account = Account(**json.loads(line))
             if set(account.seconds) == set(PHASES):
@@ -115,7 +115,7 @@ class LaunchLog:
         self._phases, self._start_step, self._kept_s = phases, start_step, 0.0
         self._began = time.time() - sum(phases.seconds().values())
         self._idle_s = max(0.0, self._began - accounts[-1].end) if accounts else 0.0
-        self._data = self._path.read_bytes() if self._path and self._path.exists() else b""
+        self._data = read_bytes(self._path) if self._path and exists(self._path) else b""
         if self._data and not self._data.endswith(b"\n"):
             self._write(b"\n")  # after a torn line
         phases.step, phases.after_step = start_step, self.keep_if_due
@@ -148,10 +148,10 @@ class LaunchLog:
     def _write(self, line: bytes) -> None:
         if self._path is None:
             return
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):  # stores have errors of their own
             if is_remote(self._path):
                 self._data += line
-                write_atomic(self._path, self._data)
+                self._path.write_bytes(self._data)  # not waited for: there will be another
             else:
                 with self._path.open("ab") as file:
                     file.write(line)

@@ -8,18 +8,28 @@ as the same float. JSON has no non-finite numbers, so those are the strings "NaN
 
 import functools
 import importlib.util
+import io
 import json
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, SupportsFloat, runtime_checkable
 
 import jax
 from etils import epath
 
 from capjax.errors import UserError
-from capjax.training.workdir import is_remote, write_atomic
+from capjax.training.storage import (
+    exists,
+    is_remote,
+    is_transient,
+    patiently,
+    read_bytes,
+    reason,
+    warn,
+)
+from capjax.training.workdir import write_atomic
 
 _REMOTE_EVERY_S = 30.0
 
@@ -37,43 +47,91 @@ class JsonlWriter:
     """Writes `metrics.jsonl`, after trimming what lies beyond `restored_step` (None: all of it).
 
     Locally every line is appended and flushed at once. A store that cannot append gets the whole
-    file anew, at most every 30 s and at `flush`.
+    file anew, at most every 30 s and at `flush`. What cannot be written ends nothing before
+    `close`: `report` gets a line when it begins, and it is tried again with the next line.
     """
 
-    def __init__(self, path: epath.PathLike, restored_step: int | None = None):
+    def __init__(
+        self,
+        path: epath.PathLike,
+        restored_step: int | None = None,
+        report: Callable[[str], None] = warn,
+    ):
         self._path = epath.Path(path)
         start_s = trim(self._path, -1 if restored_step is None else restored_step)
         self._zero = time.monotonic() - start_s
-        self._file = None if is_remote(self._path) else self._path.open("ab")
-        self._lines = b""
-        if self._file is None:
-            self._lines = self._path.read_bytes() if self._path.exists() else b""
-            self._written_at = time.monotonic()
+        self._report, self._is_behind = report, False
+        self._written_at = time.monotonic()
+        self._file: io.FileIO | None = None
+        if not is_remote(self._path):
+            self._file = io.FileIO(self._path, "ab")
+        # For a store the whole file, else what is still to be appended.
+        whole = self._file is None and exists(self._path)
+        self._lines = read_bytes(self._path) if whole else b""
 
     def write(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """Adds one line."""
         wall_s = round(time.monotonic() - self._zero, 3)
         line = {"step": step, "wall_s": wall_s} | {k: _to_json(v) for k, v in values.items()}
-        data = json.dumps(line, allow_nan=False).encode() + b"\n"
-        if self._file is not None:
-            self._file.write(data)
-            self._file.flush()
-            return
-        self._lines += data
-        if time.monotonic() - self._written_at >= _REMOTE_EVERY_S:
+        self._lines += json.dumps(line, allow_nan=False).encode() + b"\n"
+        if self._file is not None or time.monotonic() - self._written_at >= _REMOTE_EVERY_S:
             self.flush()
 
     def flush(self) -> None:
-        """Stores the lines kept back for a store that cannot append."""
+        """Stores the lines kept back, or says why it cannot."""
+        try:
+            self._store()
+        except Exception as error:
+            if not isinstance(error, OSError) and not is_transient(error):
+                raise
+            if not self._is_behind:
+                self._report(
+                    f"{self._path} not written: {reason(error)}; its lines are kept in memory and "
+                    "tried again"
+                )
+            self._is_behind = True
+        else:
+            self._is_behind = False
+
+    def _store(self) -> None:
+        self._written_at = time.monotonic()
         if self._file is None:
-            write_atomic(self._path, self._lines)
-            self._written_at = time.monotonic()
+            self._path.write_bytes(self._lines)
+            return
+        while self._lines:  # a disk that becomes full takes a part of them
+            self._lines = self._lines[self._file.write(self._lines) :]
 
     def close(self) -> None:
-        """Flushes and closes the file."""
-        self.flush()
-        if self._file is not None:
-            self._file.close()
+        """Flushes and closes the file. Raises `OSError` where lines are lost."""
+        try:
+            patiently(self._store, f"writing {self._path}")
+        finally:
+            if self._file is not None:
+                self._file.close()
+
+
+class LastEvaluation:
+    """What was measured at the last step that was evaluated, for its checkpoint."""
+
+    def __init__(self) -> None:
+        self._step, self._values = -1, {}
+
+    def write(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
+        """Keeps finite numbers named `eval/...`."""
+        found = {name: float(x) for name, x in values.items() if name.startswith("eval/")}
+        found = {name: value for name, value in found.items() if math.isfinite(value)}
+        self._values = {**(self._values if step == self._step else {}), **found}
+        self._step = step
+
+    def at(self, step: int) -> dict[str, float]:
+        """What was measured at `step`, by name; empty where nothing was."""
+        return dict(self._values) if step == self._step else {}
+
+    def flush(self) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
 
 
 class TensorBoardWriter:
@@ -177,9 +235,9 @@ def trim(path: epath.PathLike, step: int) -> float:
     Returns `wall_s` of the last line kept, 0 where there is none.
     """
     path = epath.Path(path)
-    if not path.exists():
+    if not exists(path):
         return 0.0
-    data = path.read_bytes()
+    data = read_bytes(path)
     kept = [(line, values) for line, values in _parse(data.split(b"\n")) if values["step"] <= step]
     trimmed = b"".join(line + b"\n" for line, _ in kept)
     if trimmed != data:

@@ -15,6 +15,7 @@ import numpy as np
 from etils import epath
 
 from capjax.errors import UserError
+from capjax.training.storage import exists, read_bytes
 from capjax.training.workdir import write_atomic
 
 FILE = "rollbacks.jsonl"
@@ -90,7 +91,7 @@ class Detector:
 def read_rollbacks(root: epath.PathLike) -> list[Rollback]:
     """Those of a workdir, in their order."""
     path = epath.Path(root) / FILE
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = read_bytes(path).decode().splitlines() if exists(path) else []
     return [Rollback(**json.loads(line)) for line in lines]
 
 

@@ -19,7 +19,8 @@ from typing import Any
 
 from etils import epath
 
-from capjax.errors import UserError
+from capjax.errors import StorageError, UserError
+from capjax.training.storage import exists, is_directory, is_remote, patiently, read_bytes
 
 _ABSENT = object()
 _held_locks: set[int] = set()
@@ -75,11 +76,11 @@ def open_workdir(
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     if jax.process_index() != 0:
         return Workdir(root, is_new=False)
-    is_fresh_directory = not root.exists()
+    is_fresh_directory = not exists(root)
     _check_usable(root)
 
     def allowed_changes() -> tuple[str, ...] | None:
-        if not (root / "config.json").exists():
+        if not exists(root / "config.json"):
             return None
         return _allowed_changes(root, json.loads(text), may_change, what_counts, defaults or {})
 
@@ -96,19 +97,19 @@ def open_workdir(
         if is_fresh_directory and lock is not None:
             root.rmtree()  # ours alone: it was made above, and locked ever since
         Workdir(root, is_new=False, lock=lock).close()
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and not isinstance(error, StorageError):
             raise UserError(f"workdir={root}: {error.strerror or error}; choose another") from error
         raise
     return Workdir(root, is_new, changes or (), lock)
 
 
 def _check_usable(root: epath.Path) -> None:
-    if root.exists() and not root.is_dir():
+    if exists(root) and not is_directory(root):
         raise UserError(f"workdir={root} is a file; expected a directory, or a path to make one at")
-    if (root / "config.json").exists():
+    if exists(root / "config.json"):
         return
     for name in ("checkpoints", "metrics.jsonl"):
-        if (root / name).exists():
+        if exists(root / name):
             raise UserError(
                 f"workdir={root} holds {name} but no config.json, so it cannot be resumed; "
                 "choose another --workdir, or put its config.json back"
@@ -158,7 +159,7 @@ def _allowed_changes(
 ) -> tuple[str, ...]:
     """What differs from the kept configuration. Raises `UserError` unless all of it may."""
     try:
-        kept = json.loads((root / "config.json").read_text())
+        kept = json.loads(read_bytes(root / "config.json"))
     except ValueError as error:
         message = f"{root / 'config.json'} is damaged ({error}); choose another --workdir"
         raise UserError(message) from error
@@ -203,20 +204,21 @@ def _show(value: Any) -> str:
     return "absent" if value is _ABSENT else json.dumps(value)
 
 
-def is_remote(path: epath.PathLike) -> bool:
-    """Whether `path` is in an object store (`gs://`): no append, no rename, no locks."""
-    return "://" in os.fspath(path)
-
-
 def write_atomic(path: epath.PathLike, data: bytes | str) -> None:
     """Writes a file so that a reader, or a crash, sees the old content or the new, never a part.
 
-    An `OSError`, of a full disk say, names the file.
+    An `OSError`, of a full disk say, names the file. Storage that fails for a while is waited for.
     """
     data = data.encode() if isinstance(data, str) else data
-    if is_remote(path):
-        epath.Path(path).write_bytes(data)  # a store shows an object only once it is whole
-        return
+    write = _write_whole if is_remote(path) else _write_local
+    patiently(lambda: write(path, data), f"writing {path}")
+
+
+def _write_whole(path: epath.PathLike, data: bytes) -> None:
+    epath.Path(path).write_bytes(data)  # a store shows an object only once it is whole
+
+
+def _write_local(path: epath.PathLike, data: bytes) -> None:
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:

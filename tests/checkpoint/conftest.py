@@ -1,5 +1,6 @@
 """A small training state with all kinds of leaves, laid out on any mesh."""
 
+import subprocess
 from typing import Any, NamedTuple
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -17,6 +19,7 @@ RUN = RunInfo(
     config={"seed": 1, "model": {"width": 8}, "styles": ["fluent"]},
     preprocessing={"image_size": 64},
     pixels_by={"resizer": "pillow"},
+    data={"num_examples": 7, "sha256": "ab"},
     tokenizer_model=bytes(range(256)) * 4,
 )
 
@@ -53,9 +56,9 @@ def spec(leaf) -> P:
 def mesh_of():
     """`mesh_of(2, 4)`: fsdp=2, tensor=4, on the first 8 devices."""
 
-    def make(fsdp: int, tensor: int):
-        devices = jax.devices()[: fsdp * tensor]
-        return make_mesh(MeshShape(data=1, fsdp=fsdp, tensor=tensor), devices)
+    def make(fsdp: int, tensor: int, data: int = 1):
+        devices = jax.devices()[: data * fsdp * tensor]
+        return make_mesh(MeshShape(data=data, fsdp=fsdp, tensor=tensor), devices)
 
     return make
 
@@ -122,3 +125,15 @@ def open_checkpointer(tmp_path):
     yield make
     for checkpointer in opened:
         checkpointer.__exit__(None, RuntimeError("the test is over"), None)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system in memory, of 5 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=5m", "none", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("needs leave to mount a tmpfs")
+    yield epath.Path(disk)
+    subprocess.run(["umount", "-l", str(disk)], check=True)

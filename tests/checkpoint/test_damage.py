@@ -13,16 +13,19 @@ from capjax.checkpoint.arrays import read_arrays, stored_struct
 from capjax.checkpoint.files import METADATA_FILE, Damage, read_metadata
 from capjax.errors import UserError
 
-LARGE = 2**15 + 8  # rows of 32 bytes: just above files.HASHED_BYTES
+LARGE = 2**9  # rows of 32 bytes: the files of the arrays are larger than `HASHED_BYTES` is here
+HASHED_BYTES = 2**13
 
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory, state_of, run_info) -> Path:
     """Good checkpoints of steps 10 and 20; the newer one has a file that only a digest guards."""
     directory = tmp_path_factory.mktemp("pristine")
-    with Checkpointer(directory, run_info) as checkpointer:
+    with pytest.MonkeyPatch.context() as patch, Checkpointer(directory, run_info) as checkpointer:
+        patch.setattr(files, "HASHED_BYTES", HASHED_BYTES)
         checkpointer.save(10, state_of(1, large=LARGE), {"examples_seen": 1})
         checkpointer.save(20, state_of(2, large=LARGE), {"examples_seen": 2})
+        checkpointer.wait()
     return directory
 
 
@@ -71,29 +74,40 @@ def flip_a_bit(path: Path, rng: random.Random) -> None:
 
 def unhashed(checkpoint: Path) -> list[Path]:
     """The files that only the arrays' digests guard."""
-    return [p for p in data_files(checkpoint) if p.stat().st_size > files.HASHED_BYTES]
+    return [p for p in data_files(checkpoint) if p.stat().st_size > HASHED_BYTES]
 
 
-@pytest.mark.parametrize("where", ["anywhere", "in array data"])
-def test_60_flipped_bits(where, directory, restored_step):
-    """Anywhere: half of them in files drawn evenly, half in files drawn by their size."""
+def test_200_flipped_bits(directory, restored_step):
+    """Half in any file, metadata as often as data; half in the array data that no hash covers.
+
+    There a flip in what no reader looks at (a spare bit of a frame) is no damage: what comes back
+    is what was saved, bit for bit.
+    """
     newest, aside = directory / "00000020", directory / "00000020.damaged"
     assert restored_step() == 20
     rng = random.Random(0)
-    arrays = set()
-    for trial in range(60):
-        paths = data_files(newest) if where == "anywhere" else unhashed(newest)
-        weights = [path.stat().st_size if trial % 2 else 1 for path in paths]
-        path = rng.choices(paths, weights)[0]
+    spoiled, arrays, harmless = set(), set(), 0
+    for trial in range(200):
+        path = rng.choice(data_files(newest) if trial % 2 else unhashed(newest))
         original = path.read_bytes()
         flip_a_bit(path, rng)
-        assert restored_step() == 10
+        step = restored_step()
+        if step == 20 and path in unhashed(newest):
+            path.write_bytes(original)
+            harmless += 1
+            continue
+        assert step == 10
         (line,) = restored_step.reports
         assert re.match(r"the checkpoint of step 20 is damaged \(.+\); step 10 is used inst", line)
         arrays |= set(re.findall(r"array (\S+) is not what was saved", line))
+        spoiled.add(path.name)
+        if len(original) <= HASHED_BYTES:
+            assert path.name in line
         aside.rename(newest)
         path.write_bytes(original)
+    assert harmless <= 10
     assert arrays >= {"params/large", "opt_state/0/mu/large"}
+    assert {"capjax.json", "tokenizer.model", "_METADATA", "manifest.ocdbt"} <= spoiled
     assert restored_step() == 20
 
 

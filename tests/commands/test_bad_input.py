@@ -63,10 +63,14 @@ OVERRIDES = [
     ("accumulation_steps=5", "accumulation_steps"),
     ("evaluate.splits.concept=/no/split", "/no/split"),
     ("evaluate.batch_size=3", "evaluate.batch_size"),
+    ("checkpoint.keep=0", "checkpoint.keep=0: expected at least 1"),
+    ("checkpoint.keep_every_steps=-1", "checkpoint.keep_every_steps=-1: expected at least 0"),
+    ("checkpoint.best_mode=most", "expected max or min"),
+    ("checkpoint.best_metric=eval/val/cider", "expected a metric of what is evaluated, eval/conc"),
+    ("checkpoint.best_metric=eval/concept/loss", "evaluate.every_steps=0 must be a multiple of"),
     ("warm_start.path={d}/nothing", "{d}/nothing"),
     ("warm_start.path={d}/damaged", "no good checkpoint in {d}/damaged"),
     ("warm_start.path={d}/captioner", "another tokenizer"),
-    ("checkpoint.keep=0", "keep"),
     ("log_every_steps=0", "log_every_steps"),
 ]
 NEW = "--workdir={d}/new"

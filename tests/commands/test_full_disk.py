@@ -121,7 +121,7 @@ def test_evaluate_prints_what_it_cannot_write(evaluate, full, tmp_path, monkeypa
         "evaluate again"
     )
     assert files(tmp_path) == before | {"metrics.jsonl"}
-    monkeypatch.setattr(JsonlWriter, "write", no_space)
+    monkeypatch.setattr(JsonlWriter, "_store", no_space)
     status, printed, said = evaluate()
     assert status == 2 and "image_to_text_r1" in printed
     assert "not written: evaluations/asked.json, metrics.jsonl; free" in said

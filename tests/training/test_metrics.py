@@ -1,7 +1,9 @@
 """Lines that read back exactly, a trim that keeps what is whole and wanted, and the plug-ins."""
 
+import errno
 import importlib.util
 import json
+import math
 import struct
 import sys
 import types
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 
 from capjax.errors import UserError
 from capjax.training import metrics
-from capjax.training.metrics import JsonlWriter, make_writers, read_metrics, trim
+from capjax.training.metrics import JsonlWriter, LastEvaluation, make_writers, read_metrics, trim
 
 
 def lines_of(path):
@@ -101,7 +103,7 @@ def test_a_crash_while_trimming_leaves_the_old_file(tmp_path, monkeypatch):
     path.write_text('{"step": 1}\n{"step": 2}\n{"st')
 
     def crash(*_):
-        raise OSError("the disk went away")
+        raise OSError(errno.ENOSPC, "the disk went away")
 
     monkeypatch.setattr("os.fsync", crash)
     with pytest.raises(OSError, match="went away"):
@@ -205,3 +207,45 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     assert make_writers(tmp_path, restored_step=0) == ()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_last_evaluation_is_that_of_one_step():
+    last = LastEvaluation()
+    last.write(8, {"eval/a/loss": 2.0})
+    last.write(10, {"train/loss": 3.0, "eval/a/loss": 1.0})
+    last.write(10, {"eval/b/cider": np.float32(0.5), "eval/b/ratio": math.nan})
+    assert last.at(10) == {"eval/a/loss": 1.0, "eval/b/cider": 0.5}
+    assert last.at(8) == last.at(12) == {}
+    last.write(12, {"train/loss": 3.0})
+    assert last.at(12) == {}
+
+
+def test_lines_that_a_full_disk_refuses_are_kept(tmp_path, monkeypatch):
+    """A part of them is taken first, as a disk that becomes full does."""
+    path, said = tmp_path / "metrics.jsonl", []
+    writer = JsonlWriter(path, report=said.append)
+    writer.write(1, {"train/loss": 1.0})
+    real = writer._file
+
+    class Full:
+        left = 20
+
+        def write(self, data):
+            if not self.left:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            count, self.left = real.write(data[: self.left]), 0
+            return count
+
+    writer._file = Full()
+    for step in (2, 3):
+        writer.write(step, {"train/loss": float(step)})
+    writer.flush()
+    assert said == [
+        f"{path} not written: no space left on the disk; its lines are kept in memory and tried "
+        "again"
+    ]
+    writer._file = real
+    writer.write(4, {"train/loss": 4.0})
+    writer.close()
+    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3, 4]
+    assert [line["train/loss"] for line in read_metrics(path)] == [1.0, 2.0, 3.0, 4.0]

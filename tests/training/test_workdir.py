@@ -1,5 +1,6 @@
 """One writer, one configuration, whole files: checked against real processes that are killed."""
 
+import errno
 import json
 import os
 import shutil
@@ -158,8 +159,9 @@ def test_write_atomic_replaces_whole_files(tmp_path, monkeypatch):
         write_atomic(str(path), b"new")
         assert reader.read() == "old"  # another file by now: nobody ever sees a part
     assert path.read_bytes() == b"new"
-    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("no")))
-    with pytest.raises(OSError, match="no"):
+    failure = OSError(errno.ENOSPC, "no room")
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(failure))
+    with pytest.raises(OSError, match="no room"):
         write_atomic(path, "half")
     assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
 
