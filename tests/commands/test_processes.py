@@ -15,9 +15,7 @@ from tests.commands.conftest import train_losses
 from tests.commands.test_train import wait_for_step
 
 
-def start(
-    workdir, config, *arguments, devices, program=("-m", "capjax.cli")
-) -> subprocess.Popen:
+def start(workdir, config, *arguments, devices, program=("-m", "capjax.cli")) -> subprocess.Popen:
     command = [
         *(sys.executable, *program, "train"),
         f"--config={config}",
