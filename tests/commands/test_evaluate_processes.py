@@ -101,10 +101,9 @@ def differences(found, expected, where: str = "") -> list[str]:
 
 
 @pytest.mark.slow
-def test_everything_on_one_device_on_eight_and_on_two_processes(made, tmp_path):
+def test_everything_on_one_device_and_on_eight_of_two_processes(made, tmp_path):
     evaluate(made, tmp_path / "one", devices=1)
-    evaluate(made, tmp_path / "eight", devices=8)
-    first, second = evaluate(made, tmp_path / "two", devices=2, num_processes=2)
+    first, second = evaluate(made, tmp_path / "two", devices=4, num_processes=2)
     assert "asked: 2 images cannot be read" in first and "knn_top1" in first
     assert "warning" not in second and "knn_top1" not in second
     one = files(tmp_path / "one")
@@ -115,5 +114,4 @@ def test_everything_on_one_device_on_eight_and_on_two_processes(made, tmp_path):
     assert len(one["captions/asked.jsonl"]) == captioned + 1
     found = one["evaluations/test_imagecode.json"]["metrics"]
     assert {"imagecode_r1", "imagecode_image", "imagecode_image_towers"} <= found.keys()
-    for other in ("eight", "two"):
-        assert not differences(files(tmp_path / other), one), other
+    assert not differences(files(tmp_path / "two"), one)
