@@ -53,15 +53,15 @@ CONTRASTIVE = (
 )
 
 
-def start_two(workdir, config, *overrides, **more) -> list[subprocess.Popen]:
-    """Both of two processes that train together, with two devices each."""
+def start_together(workdir, config, *overrides, count=2, **more) -> list[subprocess.Popen]:
+    """All of some processes that train together, with four devices in all."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    together = (f"--coordinator=127.0.0.1:{port}", "--num_processes=2")
+    together = (*overrides, f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}")
     return [
-        start(workdir, config, *overrides, *together, f"--process_id={i}", devices=2, **more)
-        for i in range(2)
+        start(workdir, config, *together, f"--process_id={i}", devices=4 // count, **more)
+        for i in range(count)
     ]
 
 
@@ -78,13 +78,13 @@ SIX_STEPS = ("--config.optimizer.schedule=constant", "--config.mesh.fsdp=2")
 
 
 @pytest.mark.slow
-def test_two_processes_train_two_towers_as_one(tiny_config, tmp_path):
+def test_four_processes_train_two_towers_as_one(tiny_config, tmp_path):
     overrides = (*CONTRASTIVE, *SIX_STEPS, "--config.total_steps=6")
-    one, two = tmp_path / "one", tmp_path / "two"
+    one, four = tmp_path / "one", tmp_path / "four"
     finish([start(one, tiny_config, *overrides, devices=4)])
-    finish(start_two(two, tiny_config, *overrides))
-    check_alike(two, one)
-    config = json.loads((two / "config.json").read_text())
+    finish(start_together(four, tiny_config, *overrides, count=4))
+    check_alike(four, one)
+    config = json.loads((four / "config.json").read_text())
     assert config == json.loads((one / "config.json").read_text())
 
 
@@ -95,7 +95,7 @@ EIGHTEEN = (*CAPTIONING, *SIX_STEPS, "--config.total_steps=18", "--config.evalua
 def uninterrupted(tiny_config, tmp_path_factory):
     """The workdir of two processes that trained for 18 steps; and what they printed."""
     workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
-    return workdir, finish(start_two(workdir, tiny_config, *EIGHTEEN))
+    return workdir, finish(start_together(workdir, tiny_config, *EIGHTEEN))
 
 
 @pytest.mark.slow
@@ -112,21 +112,21 @@ def test_two_processes_train_a_captioner_as_one(uninterrupted, tiny_config, tmp_
 @pytest.mark.slow
 def test_a_death_and_a_signal_cost_two_processes_nothing(uninterrupted, tiny_config, tmp_path):
     workdir, again = tmp_path / "run", (tiny_config, *EIGHTEEN, "--heartbeat_timeout=10")
-    first, second = start_two(workdir, *again)
+    first, second = start_together(workdir, *again)
     wait_for_step(workdir, 6, first)
     second.kill()
     (output,) = finish([first], status=1)
     second.communicate()
     assert f"capjax: error: process 1 on {socket.gethostname()} has died;" in output
 
-    processes = start_two(workdir, *again)
+    processes = start_together(workdir, *again)
     wait_for_step(workdir, 9, processes[0])
     processes[1].send_signal(signal.SIGTERM)
     outputs = finish(processes, status=75)
     newest = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
     assert all(f"stopped by SIGTERM after step {newest}, which is saved" in x for x in outputs)
 
-    finish(start_two(workdir, *again))
+    finish(start_together(workdir, *again))
     assert train_losses(workdir) == train_losses(uninterrupted[0])
 
 
@@ -155,7 +155,7 @@ def test_death_of_the_first_and_a_hang_cost_two_processes_nothing(
     uninterrupted, tiny_config, tmp_path
 ):
     workdir, again = tmp_path / "run", (tiny_config, *EIGHTEEN)
-    first, second = start_two(workdir, *again)
+    first, second = start_together(workdir, *again)
     wait_for_step(workdir, 6, first)
     first.kill()
     (output,) = finish([second], status=1)  # not of a signal: JAX did not end it before us
@@ -165,18 +165,20 @@ def test_death_of_the_first_and_a_hang_cost_two_processes_nothing(
 
     (tmp_path / "hangs.py").write_text(HANGS)
     hangs = {"program": (str(tmp_path / "hangs.py"),)}
-    for output in finish(start_two(workdir, *again, "--config.health.watchdog_s=5", **hangs), 75):
+    for output in finish(
+        start_together(workdir, *again, "--config.health.watchdog_s=5", **hangs), 75
+    ):
         assert "capjax: error: nothing moved for " in output.splitlines()[-1]
     stacks = [(workdir / f"hang-{i}.txt").read_text() for i in range(2)]
     assert ["in hanging" in text for text in stacks] == [False, True]
 
-    finish(start_two(workdir, *again))
+    finish(start_together(workdir, *again))
     assert train_losses(workdir) == train_losses(uninterrupted[0])
 
 
 @pytest.mark.slow
 def test_another_configuration_is_refused_before_anything_is_written(tiny_config, tmp_path):
-    first, second = start_two(tmp_path / "run", tiny_config, "--initialization_timeout=100")
+    first, second = start_together(tmp_path / "run", tiny_config, "--initialization_timeout=100")
     second.kill()
     second.communicate()
     other = [*second.args, "--config.batch_size=32"]
@@ -225,7 +227,7 @@ def test_two_processes_train_on_a_mixture_with_bad_records_as_one(mixture, tiny_
     overrides = (*mixture, "--config.total_steps=8", "--config.data.bad_budget=0.5")
     one, two = tmp_path / "one", tmp_path / "two"
     finish([start(one, tiny_config, *overrides, devices=4)])
-    finish(start_two(two, tiny_config, *overrides))
+    finish(start_together(two, tiny_config, *overrides))
     for line, other in zip(metrics(one), metrics(two), strict=True):
         assert line.keys() == other.keys()
         np.testing.assert_allclose(list(line.values()), list(other.values()), rtol=2e-5, atol=1e-7)
@@ -243,7 +245,7 @@ def test_two_processes_train_on_a_mixture_with_bad_records_as_one(mixture, tiny_
 @pytest.mark.slow
 def test_two_processes_stop_together_beyond_the_budget(mixture, tiny_config, tmp_path):
     overrides = (*mixture, "--config.total_steps=20", "--config.data.bad_budget=0.001")
-    for process in start_two(tmp_path, tiny_config, *overrides):
+    for process in start_together(tmp_path, tiny_config, *overrides):
         output, _ = process.communicate(timeout=400)
         assert process.returncode == 2, output
         assert "of 208 examples cannot be used, more than bad_budget=0.001" in output
