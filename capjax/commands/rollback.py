@@ -53,13 +53,14 @@ def go_back(
     Raises `UserError` where the run has gone back too often.
     """
     before, checkpoints = read_rollbacks(root), root / "checkpoints"
+    good = [step for step in list_steps(checkpoints) if step <= spike.step - health.rollback_steps]
+    _meet("what there is before the rollback")  # all have read before one writes
     if len(before) >= health.max_rollbacks:
         raise UserError(
             f"{spike}, after {len(before)} rollbacks already (health.max_rollbacks); lower "
             "optimizer.learning_rate in another --workdir, or go on all the same with "
             "--config.health.spike_action=warn"
         )
-    good = [step for step in list_steps(checkpoints) if step <= spike.step - health.rollback_steps]
     restored = max(good, default=0)
     earlier = [rollback for rollback in before if rollback.restored_step <= restored]
     skipped_from = restored * batch_size + data_offset(earlier, restored, {}, batch_size)
@@ -67,6 +68,10 @@ def go_back(
     if jax.process_index() == 0:
         discard_after(checkpoints, restored)
         write_rollbacks(root, [*before, rollback])
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("rollback")
+    _meet("what there is after the rollback")
     return rollback
+
+
+def _meet(what: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
