@@ -4,8 +4,6 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
-
 from capjax.errors import UserError
 from capjax.training.machine import memory_limit_bytes
 
@@ -145,6 +143,8 @@ def available_bytes() -> int | None:
 
     Devices of the CPU share what the process may use.
     """
+    import jax  # `capjax plan --help` needs none
+
     device = jax.local_devices()[0]
     if device.platform == "cpu":
         limit = memory_limit_bytes()
