@@ -54,6 +54,7 @@ class Peers:
         self._left: set[int] = set()  # those that said goodbye
         self._all_left = threading.Event()
         self._is_ending = False
+        self.last_words: Callable[[], object] = lambda: None
         if self._links:
             threading.Thread(target=self._watch, daemon=True, name="capjax-peers").start()
 
@@ -78,9 +79,9 @@ class Peers:
         else:
             self._hold(stop)
 
-    def stop_now(self, stop: Stop) -> None:
-        """Ends all processes at once."""
-        self._end_all({"now": stop}, stop.reason, stop.status)
+    def stop_now(self, stop: Stop, *, hangs: bool = False) -> None:
+        """Ends all processes at once; `hangs`: the others call their `last_words` first."""
+        self._end_all({"now": stop, "hangs": hangs}, stop.reason, stop.status)
 
     @property
     def stop(self) -> Stop | None:
@@ -153,7 +154,9 @@ class Peers:
         elif "until" in message:
             self._agreed(message["until"])
         elif "now" in message:
-            self.stop_now(Stop(*message["now"]))
+            if message["hangs"]:
+                self.last_words()
+            self.stop_now(Stop(*message["now"]), hangs=message["hangs"])
         elif "gone" in message:
             self._end_all({}, message["gone"], message["status"])
         elif "left" in message:

@@ -8,6 +8,7 @@ say where they are.
 import contextlib
 import datetime
 import faulthandler
+import functools
 import os
 import threading
 import time
@@ -54,6 +55,8 @@ class Watchdog:
         self._limits = {
             phase: limit_s if phase in ("data", "step") else slow_limit_s for phase in _WORDS
         }
+        self._peers.last_words = self._speak
+        self._has_spoken, self._still_s = False, 0.0
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -67,23 +70,26 @@ class Watchdog:
 
     def _watch(self) -> None:
         tick_s = min(1.0, *(limit / 10 for limit in self._limits.values() if limit))
-        seen, still_s, before = self._phases.moves, 0.0, time.monotonic()
+        seen, before = self._phases.moves, time.monotonic()
         while not self._is_over.wait(tick_s):
             now = time.monotonic()
-            still_s += min(now - before, 2 * tick_s)  # a stopped process does not age
+            self._still_s += min(now - before, 2 * tick_s)  # a stopped process does not age
             before = now
             if self._phases.moves != seen:
-                seen, still_s = self._phases.moves, 0.0
+                seen, self._still_s = self._phases.moves, 0.0
             limit = self._limits[self._phases.phase]
-            if limit and still_s >= limit:
-                self._end(still_s)
+            if limit and self._still_s >= limit:
+                self._end()
 
-    def _end(self, still_s: float) -> NoReturn:
-        """Says it and ends all. Waits for no lock that a thread which hangs may hold."""
+    def _speak(self) -> None:
+        """Says, once, where all threads are. Waits for no lock that a hanging one may hold."""
+        if self._has_spoken:
+            return
+        self._has_spoken = True
         phases = self._phases
         field = "watchdog_s" if phases.phase in ("data", "step") else "watchdog_slow_s"
         words = (
-            f"process {self._peers.process_id} stood still for {still_s:.0f} s after step "
+            f"process {self._peers.process_id} stood still for {self._still_s:.0f} s after step "
             f"{phases.step}, {_WORDS[phases.phase]} (health.{field}); the stacks of its threads:\n"
         )
         when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -92,9 +98,14 @@ class Watchdog:
             if self._file is not None:
                 out = os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
                 _say(out, f"{when}: {words}")
+
+    def _end(self) -> NoReturn:
+        """Says it and ends all."""
+        self._speak()
+        phases = self._phases
         where = "above" if self._file is None else f"in {self._file}"
         line = (
-            f"error: nothing moved for {still_s:.0f} s, {_WORDS[phases.phase]} after step "
+            f"error: nothing moved for {self._still_s:.0f} s, {_WORDS[phases.phase]} after step "
             f"{phases.step}; where each thread stood is {where}; the same command goes on from "
             "the last checkpoint"
         )
@@ -102,7 +113,8 @@ class Watchdog:
             time.sleep(_GRACE_S)
         # In a thread, as what it takes may be what another one hangs with.
         stop = Stop(line, REQUEUE_STATUS)
-        threading.Thread(target=self._peers.stop_now, args=(stop,), daemon=True).start()
+        end = functools.partial(self._peers.stop_now, stop, hangs=True)
+        threading.Thread(target=end, daemon=True).start()
         time.sleep(_END_S)
         os._exit(REQUEUE_STATUS)
 

@@ -196,6 +196,18 @@ def test_a_death_ends_the_others_and_a_goodbye_does_not():
     assert ends[0] == ends[3]
 
 
+@pytest.mark.parametrize("hangs", [True, False])
+def test_one_that_hangs_ends_all_and_the_others_say_where_they_are_first(hangs):
+    found, ends = meeting(*alike(3))
+    said = []
+    for peers in found:
+        peers.last_words = lambda peers=peers: said.append(peers.process_id)
+    found[1].stop_now(Stop("nothing moved", 75), hangs=hangs)
+    eventually(lambda: all(ends))
+    assert ends == [[("nothing moved", 75)]] * 3
+    assert sorted(said) == ([0, 2] if hangs else [])
+
+
 def test_one_that_is_silent_ends_the_others_by_name():
     port, ends, heard = free_port(), [], b""
     frozen = {"capjax": 2, "num_processes": 3, "host": "frozen", "facts": {}}
